@@ -1,0 +1,80 @@
+"""Memory per device, computed in one place for planner and runtime alike. No torch."""
+
+from msgspec import Struct
+
+from evener.errors import InvalidPlan
+from evener.spec.cluster import Cluster
+from evener.spec.model import DTYPE_BYTES, ModelSpec
+from evener.spec.plan import Replica, Shard, Stage, size
+from evener.units import Bytes, human_bytes
+
+BLOCK_TOKENS = 16
+"""Tokens per KV block."""
+
+
+class MemoryConfig(Struct, frozen=True):
+    """What decides how many bytes a shard needs."""
+
+    dtype: str = "fp32"
+    kv_dtype: str = "fp32"
+    max_batch_tokens: int = 2048
+    block_tokens: int = BLOCK_TOKENS
+
+
+def weight_bytes(shard: Shard, stage: Stage, model: ModelSpec, dtype: str) -> Bytes:
+    """Bytes of weights that a shard holds. A tied embedding that covers the head rows counts once."""
+    kv_a, kv_b = shard.kv_heads(model)
+    attn = model.hidden * model.head_dim * (2 * size(shard.heads) + 2 * (kv_b - kv_a))
+    mlp = 3 * model.hidden * size(shard.ffn)
+    layers = size(stage.layers) * (attn + mlp + 2 * model.hidden)
+    rows = size(shard.embed_rows) + size(shard.head_rows)
+    if model.tied:
+        lo, hi = max(shard.embed_rows[0], shard.head_rows[0]), min(shard.embed_rows[1], shard.head_rows[1])
+        rows -= max(0, hi - lo)
+    return Bytes((layers + rows * model.hidden) * DTYPE_BYTES[dtype])
+
+
+def block_bytes(shard: Shard, stage: Stage, model: ModelSpec, config: MemoryConfig) -> Bytes:
+    """Bytes of one KV block on a shard: K and V, its layers, its KV heads."""
+    kv_a, kv_b = shard.kv_heads(model)
+    per_token = 2 * size(stage.layers) * (kv_b - kv_a) * model.head_dim * DTYPE_BYTES[config.kv_dtype]
+    return Bytes(per_token * config.block_tokens)
+
+
+def workspace_bytes(shard: Shard, model: ModelSpec, config: MemoryConfig) -> Bytes:
+    """Activations of the largest batch, fp32: residual, normed, q, k, v, gate, up; and the logits rows."""
+    kv_a, kv_b = shard.kv_heads(model)
+    row = 4 * model.hidden + model.head_dim * (2 * size(shard.heads) + 2 * (kv_b - kv_a)) + 3 * size(shard.ffn)
+    return Bytes(4 * (config.max_batch_tokens * row + 256 * size(shard.head_rows)))
+
+
+def kv_blocks(
+    replica: Replica, model: ModelSpec, cluster: Cluster, config: MemoryConfig, kv_bytes: Bytes | None = None
+) -> int:
+    """KV blocks a replica can hold: the fewest over its shards, because every stage needs every block.
+
+    `kv_bytes` is the room for KV per device where a device declares no memory. Raises InvalidPlan with the
+    shortage in bytes when weights and workspace alone exceed a device's declared memory.
+    """
+    fewest: int | None = None
+    for s, stage in enumerate(replica.stages):
+        for shard in stage.shards:
+            per_block = block_bytes(shard, stage, model, config)
+            declared = cluster.device(shard.device).memory
+            room = kv_bytes
+            if declared is not None:
+                fixed = weight_bytes(shard, stage, model, config.dtype) + workspace_bytes(shard, model, config)
+                left = declared - fixed
+                if left < per_block:
+                    raise InvalidPlan(
+                        f"device {shard.device} (stage {s}) declares {human_bytes(declared)} but needs "
+                        f"{human_bytes(fixed + per_block)} for weights, workspace and one KV block: "
+                        f"{fixed + per_block - declared} bytes short; give it fewer layers or heads, or more memory"
+                    )
+                room = Bytes(left) if room is None else Bytes(min(left, room))
+            if room is None or per_block == 0:
+                continue
+            fewest = min(fewest, room // per_block) if fewest is not None else room // per_block
+    if fewest is None:
+        raise InvalidPlan("no device declares memory and no KV size was given; pass --kv-cache-memory")
+    return fewest

@@ -1,0 +1,64 @@
+"""What a decoder-only model is, as far as planning and execution need to know. No torch."""
+
+from msgspec import Struct
+
+from evener.units import Bytes
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+
+
+class RopeScaling(Struct, frozen=True):
+    """`rope_type: llama3` scaling (Llama 3.1, transformers `_compute_llama3_parameters`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+class ModelSpec(Struct, frozen=True):
+    """Shape of a decoder-only transformer. Sizes are counts of elements unless named otherwise.
+
+    `kv_heads` divides `heads`; query head h reads KV head `h // (heads // kv_heads)`.
+    """
+
+    family: str
+    """`llama`, `qwen2`, `qwen3`: a key of `evener.model.families`."""
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    max_position: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tied: bool = False
+    """The head is the transposed embedding. Tied weights count on every holder."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm per head on queries and keys before the rotation (Qwen3)."""
+    quant_group: int = 1
+    """Cuts of the inputs of o_proj and down_proj fall on multiples of this (1: anywhere)."""
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+    def layer_params(self) -> int:
+        """Weights of one layer, elements."""
+        attn = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attn + 3 * self.hidden * self.ffn + 2 * self.hidden
+
+    def head_params(self) -> int:
+        """Weights of the output head, elements."""
+        return self.vocab * self.hidden
+
+    def kv_bytes_per_token(self, kv_dtype: str = "fp32") -> Bytes:
+        """Bytes of K and V for one token over all layers and KV heads."""
+        return Bytes(2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[kv_dtype])
