@@ -22,6 +22,8 @@ class Rows(NamedTuple):
     """int32 [R], position of each sequence's first row: the keys already in the cache."""
     tables_RM: torch.Tensor
     """int32 [R, M], KV block numbers; unused entries are 0."""
+    kv_slot_T: torch.Tensor
+    """int32 [T], where each row's K and V go: block * block_tokens + offset; -1 for padding rows."""
     sample_S: torch.Tensor
     """int64 [S], rows whose logits are wanted."""
     n_rows: int

@@ -146,8 +146,11 @@ def validate(plan: Plan, model: ModelSpec, cluster: Cluster) -> None:
             for sh in stage.shards:
                 for cut in sh.ffn:
                     if cut % model.quant_group and cut != model.ffn:
-                        raise InvalidPlan(f"{where}: FFN cut {cut} is not a multiple of the quantisation group "
-                                          f"{model.quant_group}; move it to {cut // model.quant_group * model.quant_group}")  # fmt: skip
+                        floor = cut // model.quant_group * model.quant_group
+                        raise InvalidPlan(
+                            f"{where}: FFN cut {cut} is not a multiple of the quantisation group "
+                            f"{model.quant_group}; move it to {floor}"
+                        )
             first, last = s == 0, s == len(replica.stages) - 1
             for rows, here, what in (
                 ([sh.embed_rows for sh in stage.shards], first, "embedding rows"),
