@@ -26,7 +26,11 @@ def weight_bytes(shard: Shard, stage: Stage, model: ModelSpec, dtype: str) -> By
     kv_a, kv_b = shard.kv_heads(model)
     attn = model.hidden * model.head_dim * (2 * size(shard.heads) + 2 * (kv_b - kv_a))
     mlp = 3 * model.hidden * size(shard.ffn)
-    layers = size(stage.layers) * (attn + mlp + 2 * model.hidden)
+    norms = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0)
+    biases = model.head_dim * (size(shard.heads) + 2 * (kv_b - kv_a)) if model.qkv_bias else 0
+    biases += model.hidden if model.o_bias else 0
+    biases += 2 * size(shard.ffn) + model.hidden if model.mlp_bias else 0
+    layers = size(stage.layers) * (attn + mlp + norms + biases)
     rows = size(shard.embed_rows) + size(shard.head_rows)
     if model.tied:
         lo, hi = max(shard.embed_rows[0], shard.head_rows[0]), min(shard.embed_rows[1], shard.head_rows[1])

@@ -6,6 +6,8 @@ Intervals are half open and unequal ones are the normal case. KV heads follow fr
 be held by two shards; a shard may own no head at all.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -23,7 +25,7 @@ def size(interval: Interval) -> int:
     return interval[1] - interval[0]
 
 
-class Shard(Struct, frozen=True):
+class Shard(Struct, frozen=True, forbid_unknown_fields=True):
     """The part of one stage that one device computes."""
 
     device: str
@@ -42,14 +44,14 @@ class Shard(Struct, frozen=True):
         return (i // model.group, -(-j // model.group)) if j > i else (0, 0)
 
 
-class Stage(Struct, frozen=True):
+class Stage(Struct, frozen=True, forbid_unknown_fields=True):
     """Consecutive layers, split over the shards of one tensor-parallel group."""
 
     layers: Interval
     shards: tuple[Shard, ...]
 
 
-class Replica(Struct, frozen=True):
+class Replica(Struct, frozen=True, forbid_unknown_fields=True):
     """One whole copy of the model."""
 
     stages: tuple[Stage, ...]
@@ -60,7 +62,7 @@ class Replica(Struct, frozen=True):
         return tuple(sh.device for st in self.stages for sh in st.shards)
 
 
-class Plan(Struct, frozen=True):
+class Plan(Struct, frozen=True, forbid_unknown_fields=True):
     """Replicas, and the epoch that every batch, collective, segment and span names."""
 
     replicas: tuple[Replica, ...]
@@ -72,27 +74,40 @@ class Plan(Struct, frozen=True):
         return tuple(d for r in self.replicas for d in r.devices())
 
 
+def head_unit(model: ModelSpec) -> int:
+    """Query heads between legal cuts: whole heads that are whole quantisation groups of the inputs of o_proj."""
+    return model.quant_group // math.gcd(model.quant_group, model.head_dim)
+
+
 def split_even(total: int, parts: int, multiple: int = 1) -> tuple[Interval, ...]:
     """Split [0, total) into `parts` intervals as even as whole multiples allow; the first get the more."""
     return split_by_weight(total, [1.0] * parts, multiple)
 
 
-def split_by_weight(total: int, weights: list[float], multiple: int = 1) -> tuple[Interval, ...]:
+def split_by_weight(total: int, weights: Sequence[float], multiple: int = 1) -> tuple[Interval, ...]:
     """Split [0, total) in proportion to `weights`, cutting on multiples of `multiple`.
 
-    Largest-remainder rounding over whole units; the last unit may be short. Shares of zero are legal.
+    Largest-remainder rounding over whole units; the last unit may be short. Weights of zero are legal, as long as
+    one is positive. Raises InvalidPlan otherwise.
     """
+    whole = math.fsum(weights)
+    if not weights or min(weights) < 0 or not 0 < whole < math.inf:
+        raise InvalidPlan(f"cannot split {total} by weights {list(weights)}; give weights >= 0, one of them positive")
     units = -(-total // multiple)
-    whole = sum(weights)
     exact = [units * w / whole for w in weights]
     got = [int(x + 1e-9) for x in exact]
     order = sorted(range(len(weights)), key=lambda k: (got[k] - exact[k], k))
     for k in order[: units - sum(got)]:
         got[k] += 1
+    return intervals(got, total, multiple)
+
+
+def intervals(units: Sequence[int], total: int, multiple: int = 1) -> tuple[Interval, ...]:
+    """Adjacent intervals of so many units of `multiple`, clipped to [0, total)."""
     out, at = [], 0
-    for g in got:
-        end = min(total, at + g * multiple)
-        out.append((min(at * 1, total), end))
+    for n in units:
+        end = min(total, at + n * multiple)
+        out.append((at, end))
         at = end
     return tuple(out)
 
@@ -100,17 +115,29 @@ def split_by_weight(total: int, weights: list[float], multiple: int = 1) -> tupl
 def _cover(parts: list[Interval], total: int, what: str, where: str) -> None:
     at = 0
     for a, b in parts:
+        if b < a:
+            raise InvalidPlan(f"{where}: {what} [{a}, {b}) run backwards; write [{b}, {a}]")
+        if not 0 <= a <= b <= total:
+            raise InvalidPlan(f"{where}: {what} [{a}, {b}) are not inside [0, {total}); the model has {total}")
         if a == b:
             continue
-        if not 0 <= a < b <= total:
-            raise InvalidPlan(f"{where}: {what} [{a}, {b}) is not inside [0, {total})")
         if a > at:
-            raise InvalidPlan(f"{where}: {what} [{at}, {a}) belong to nobody; let the intervals touch")
+            raise InvalidPlan(
+                f"{where}: {what} [{at}, {a}) belong to nobody here; let the intervals touch, in ascending order"
+            )
         if a < at:
             raise InvalidPlan(f"{where}: {what} [{a}, {min(at, b)}) are held twice; let the intervals touch")
         at = b
     if at != total:
         raise InvalidPlan(f"{where}: {what} [{at}, {total}) belong to nobody; extend the last interval")
+
+
+def _on_group(cut: int, multiple: int, total: int, what: str, where: str, model: ModelSpec) -> None:
+    if cut % multiple and cut != total:
+        raise InvalidPlan(
+            f"{where}: {what} cut {cut} is not a multiple of {multiple} (quantisation group {model.quant_group}); "
+            f"move it to {cut // multiple * multiple}"
+        )
 
 
 def validate(plan: Plan, model: ModelSpec, cluster: Cluster) -> None:
@@ -144,13 +171,10 @@ def validate(plan: Plan, model: ModelSpec, cluster: Cluster) -> None:
             _cover([sh.heads for sh in stage.shards], model.heads, "query heads", where)
             _cover([sh.ffn for sh in stage.shards], model.ffn, "FFN columns", where)
             for sh in stage.shards:
+                for cut in sh.heads:
+                    _on_group(cut, head_unit(model), model.heads, "query head", where, model)
                 for cut in sh.ffn:
-                    if cut % model.quant_group and cut != model.ffn:
-                        floor = cut // model.quant_group * model.quant_group
-                        raise InvalidPlan(
-                            f"{where}: FFN cut {cut} is not a multiple of the quantisation group "
-                            f"{model.quant_group}; move it to {floor}"
-                        )
+                    _on_group(cut, model.quant_group, model.ffn, "FFN", where, model)
             first, last = s == 0, s == len(replica.stages) - 1
             for rows, here, what in (
                 ([sh.embed_rows for sh in stage.shards], first, "embedding rows"),
@@ -183,14 +207,14 @@ def from_mapping(raw: Any, model: ModelSpec) -> Plan:
             shards = [{"device": x} if isinstance(x, str) else x for x in stage["shards"]]
             if not all(isinstance(x, dict) for x in shards):
                 raise InvalidPlan(f"{where}: a shard is a device name or a mapping with `device`")
-            wanted = [("heads", model.heads, 1), ("ffn", model.ffn, model.quant_group)]
+            wanted = [("heads", model.heads, head_unit(model)), ("ffn", model.ffn, model.quant_group)]
             wanted += [("embed_rows", model.vocab, 1)] if s == 0 else []
             wanted += [("head_rows", model.vocab, 1)] if s == len(replica["stages"]) - 1 else []
             for key, total, multiple in wanted:
                 given = sum(key in x for x in shards)
-                if given == 0:
-                    for x, part in zip(shards, split_even(total, len(shards), multiple), strict=True):
-                        x = shards[shards.index(x)] = {**x, key: part}
+                if given == 0 and shards:
+                    parts = split_even(total, len(shards), multiple)
+                    shards = [{**x, key: part} for x, part in zip(shards, parts, strict=True)]
                 elif given < len(shards):
                     raise InvalidPlan(f"{where}: {key} is given for {given} of {len(shards)} shards; "
                                       "give it for all or for none")  # fmt: skip

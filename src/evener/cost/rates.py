@@ -1,0 +1,239 @@
+"""Measured (or assumed) rates of devices and collectives: the data that cost models are built from. Pure.
+
+A `Rates` holds what one device does per second; a `DeviceProfile` holds it twice, for the device alone and for
+all measured devices working at once, because devices that share a memory bus are slower together.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from msgspec import Struct, structs
+from numpy.typing import NDArray
+
+from evener.errors import InvalidDevice, InvalidInput
+from evener.spec.cluster import Device
+from evener.spec.model import DTYPE_BYTES
+
+FORMAT = 1
+"""Version of the stored form; a file of another version is measured again."""
+
+Floats = NDArray[np.float64]
+
+
+def _positive(what: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{what} is {value}; it must be a positive number")
+
+
+class GemmRates(Struct, frozen=True):
+    """Rate of `x [rows, k] @ W [k, n]` by rows, with weights that come from memory, not from the cache."""
+
+    dtype: str
+    points: tuple[tuple[int, float], ...]
+    """(rows, flop/s), rows ascending; one weight and row is two flop."""
+
+    def __post_init__(self) -> None:
+        rows = [r for r, _ in self.points]
+        if not rows or rows[0] < 1 or any(b <= a for a, b in itertools.pairwise(rows)):
+            raise ValueError(f"gemm {self.dtype}: rows {rows} must be positive and ascending")
+        for r, rate in self.points:
+            _positive(f"gemm {self.dtype}, {r} rows", rate)
+
+
+class Rates(Struct, frozen=True):
+    """What one device does per second, without any declared slow-down."""
+
+    gemm: tuple[GemmRates, ...]
+    read_bandwidth: float
+    """Bytes per second read from memory."""
+    attention_flops: float
+    """Flop/s of prefill attention; a (query head, key) pair is 4 * head_dim flop."""
+    attention_bandwidth: float
+    """Bytes per second of K and V read by decode attention."""
+    op_ns: float
+    """Host time to start one operator, nanoseconds."""
+
+    def __post_init__(self) -> None:
+        for what in ("read_bandwidth", "attention_flops", "attention_bandwidth", "op_ns"):
+            _positive(what, getattr(self, what))
+
+    def gemm_ns(self, dtype: str, rows: NDArray[np.int64] | int) -> Floats:
+        """Nanoseconds per weight (element of W) of a GEMM over `rows` rows; 0 for no rows.
+
+        Between measured rows the time is interpolated, past the last one it grows at the last rate; it is never
+        below reading the weight once, and never falls as rows grow. Raises InvalidInput for an unmeasured dtype.
+        """
+        for table in self.gemm:
+            if table.dtype == dtype:
+                break
+        else:
+            have = ", ".join(t.dtype for t in self.gemm) or "none"
+            raise InvalidInput(f"no GEMM rate for dtype {dtype!r} in the profile (measured: {have}); use one of these")
+        r = np.asarray(rows, dtype=np.float64)
+        at = np.array([p[0] for p in table.points], dtype=np.float64)
+        floor = DTYPE_BYTES[dtype] / self.read_bandwidth
+        cost = np.maximum.accumulate(np.maximum(2 * at / np.array([p[1] for p in table.points]), floor))
+        past = np.maximum(r / at[-1], 1.0)
+        out: Floats = np.where(r > 0, np.interp(r, at, cost) * past, 0.0) * 1e9
+        return out
+
+
+class DeviceProfile(Struct, frozen=True):
+    """One device. `name` is a worker's name; several workers may share one piece of hardware."""
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    alone: Rates
+    together: Rates
+    """While the devices `peers` work as well."""
+    peers: tuple[str, ...] = ()
+    hardware: str = ""
+    """What was measured: `cpu:0` for the workers `cpu:0` and `cpu:0#1`."""
+    slowdown: float = 1.0
+    """Declared slow-down; multiplies every compute time."""
+    sharers: int = 1
+    """Workers on the same core or GPU, this one included; each gets its share of the time."""
+
+    def rates(self, alone: bool) -> Rates:
+        """The rates for a plan that uses this device `alone`, or several devices at once."""
+        return self.alone if alone else self.together
+
+    def stretch(self, alone: bool) -> float:
+        """By how much compute times grow: declared slow-down times workers that share the hardware."""
+        return self.slowdown * (1 if alone else self.sharers)
+
+
+class Collective(Struct, frozen=True):
+    """Latency of an all-reduce among `ranks` ranks, by message size."""
+
+    transport: str
+    ranks: int
+    points: tuple[tuple[int, float], ...]
+    """(bytes per rank, nanoseconds), bytes ascending."""
+
+    def __post_init__(self) -> None:
+        sizes = [b for b, _ in self.points]
+        if self.ranks < 2 or not sizes or any(b <= a for a, b in itertools.pairwise(sizes)):
+            raise ValueError(f"collective among {self.ranks} ranks, sizes {sizes}: need 2 ranks and ascending sizes")
+        for size, cost in self.points:
+            _positive(f"collective of {size} bytes", cost)
+
+    def ns(self, nbytes: Floats) -> Floats:
+        """Nanoseconds for messages of `nbytes`; past the last size at the last slope. Never falls."""
+        at = np.array([p[0] for p in self.points], dtype=np.float64)
+        cost = np.maximum.accumulate(np.array([p[1] for p in self.points], dtype=np.float64))
+        slope = (cost[-1] - cost[-2]) / (at[-1] - at[-2]) if len(at) > 1 else cost[-1] / max(at[-1], 1.0)
+        out: Floats = np.interp(nbytes, at, cost) + np.maximum(nbytes - at[-1], 0.0) * slope
+        return out
+
+
+class Profile(Struct, frozen=True):
+    """Devices and collectives of one host."""
+
+    devices: tuple[DeviceProfile, ...]
+    collectives: tuple[Collective, ...]
+    source: Literal["measured", "default"]
+    """`default`: assumed figures, nothing was measured."""
+    host_ns: int = 300_000
+    """Assumed control time per batch that no device can hide, until live spans replace it."""
+    missing: tuple[str, ...] = ()
+    """What could not be measured and is assumed instead, with the reason."""
+    key: str = ""
+    """Host, processor and versions that the figures hold for."""
+    measured_at: str = ""
+    """ISO 8601, UTC."""
+    format: int = FORMAT
+
+    def device(self, name: str) -> DeviceProfile:
+        """The profile of a worker. Raises InvalidDevice with the remedy."""
+        for d in self.devices:
+            if d.name == name:
+                return d
+        have = ", ".join(d.name for d in self.devices) or "none"
+        raise InvalidDevice(
+            f"device {name!r} is not in the profile (has: {have}); run `evener devices --devices {name}`"
+        )
+
+    def collective_ns(self, ranks: int, nbytes: Floats) -> Floats:
+        """Nanoseconds of an all-reduce among `ranks`; unmeasured rank counts scale with `ranks - 1`."""
+        if ranks < 2 or not self.collectives:
+            return np.zeros_like(nbytes)
+        nearest = min(self.collectives, key=lambda c: (abs(c.ranks - ranks), c.ranks))
+        return np.where(nbytes > 0, nearest.ns(nbytes) * ((ranks - 1) / (nearest.ranks - 1)), 0.0)
+
+
+def hardware(device: Device) -> str:
+    """Name of what a worker runs on: `cpu:0#1` -> `cpu:0`."""
+    return device.name.partition("#")[0]
+
+
+def _sharers(device: Device, devices: Sequence[Device]) -> int:
+    same_host = [d for d in devices if d.host == device.host and d.kind == device.kind]
+    if device.kind == "cuda":
+        return sum(d.index == device.index for d in same_host)
+    return max(sum(core in d.cores for d in same_host) for core in device.cores)
+
+
+def bind(profile: Profile, devices: Sequence[Device]) -> Profile:
+    """The same figures for these workers: one entry per worker, with its declared slow-down and its sharers.
+
+    Raises InvalidDevice when a worker's hardware was not measured.
+    """
+    have = {d.hardware or d.name: d for d in profile.devices}
+    bound = []
+    for d in devices:
+        at = hardware(d)
+        if at not in have:
+            raise InvalidDevice(
+                f"device {d.name}: {at} is not in the profile (has: {', '.join(have) or 'none'}); "
+                f"run `evener devices --devices {at}`"
+            )
+        bound.append(
+            structs.replace(have[at], name=d.name, hardware=at, slowdown=d.slowdown, sharers=_sharers(d, devices))
+        )
+    return structs.replace(profile, devices=tuple(bound))
+
+
+# ---- assumed figures -------------------------------------------------------------------------------------------
+
+
+def _assumed(peaks: dict[str, float], half_rows: float, bandwidth: float, attention: float, op_ns: float) -> Rates:
+    """Rates that rise with rows towards a peak (half of it at `half_rows`), below the memory roof."""
+    tables = []
+    for dtype, peak in peaks.items():
+        points = []
+        for rows in (1, 4, 16, 64, 256):
+            roof = 2 * rows * bandwidth / DTYPE_BYTES[dtype]
+            points.append((rows, min(peak * rows / (rows + half_rows), roof)))
+        tables.append(GemmRates(dtype, tuple(points)))
+    return Rates(tuple(tables), bandwidth, attention, bandwidth, op_ns)
+
+
+def default_rates(device: Device) -> Rates:
+    """Assumed, on the low side: a server core at 2.5 GHz with AVX2 (16 fp32 FMA a cycle, half of it reached, 8 GB/s a
+    core); a data-centre GPU at half of the published dense peaks of an A100 40 GB (its data sheet, 2020)."""
+    if device.kind == "cuda":
+        half = {"fp32": 9.7e12, "bf16": 156e12, "fp16": 156e12, "int8": 312e12}
+        return _assumed(half, 16.0, 1.0e12, 60e12, 5_000.0)
+    n = max(1, len(device.cores))
+    return _assumed({"fp32": 40e9 * n, "bf16": 20e9 * n, "int8": 40e9 * n}, 2.0, 8e9 * n**0.7, 20e9 * n, 3_000.0)
+
+
+DEFAULT_COLLECTIVE = Collective("assumed", 2, ((2048, 15_000.0), (65_536, 60_000.0), (1 << 20, 600_000.0)))
+"""Assumed shared-memory all-reduce between two ranks."""
+
+
+def default_profile(devices: Sequence[Device]) -> Profile:
+    """Assumed figures for when nothing was measured, and for simulations and tests. `source` says `default`."""
+    rows = []
+    for d in devices:
+        rates = default_rates(d)
+        kind: Literal["cpu", "cuda"] = "cuda" if d.kind == "cuda" else "cpu"
+        rows.append(DeviceProfile(hardware(d), kind, rates, rates, hardware=hardware(d)))
+    raw = Profile(
+        tuple(rows), (DEFAULT_COLLECTIVE,), "default", missing=("all figures are assumed: nothing was measured",)
+    )
+    return bind(raw, devices)

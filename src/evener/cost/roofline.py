@@ -1,0 +1,226 @@
+"""A cost model from measured rates: per phase the slowest shard, plus the collectives between phases. Pure.
+
+A *phase* is what a stage computes between two collectives, so its time is that of its slowest shard:
+
+    embed | attention block | FFN block |  ... per layer ...  | head on the sampled rows
+
+A GEMM costs its weights times the measured time per weight at so many rows, and at least one reading of the
+weights (the roofline of Williams et al., 2009). Attention costs its (query, key) pairs at the measured flop rate in
+prefill, and the bytes of K and V it reads in decode. Everything that depends on the number of rows alone is put in
+tables when the model is made, so that a prediction is a few look-ups.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evener.cost.base import BatchShape
+from evener.cost.rates import DeviceProfile, Floats, Profile
+from evener.errors import InvalidInput
+from evener.spec.cluster import Link
+from evener.spec.model import DTYPE_BYTES, ModelSpec
+from evener.spec.plan import Plan, Replica, Shard, Stage, size
+from evener.units import Nanoseconds
+
+ACTIVATION_BYTES = 4
+"""Activations and collectives are fp32."""
+CANDIDATE_BYTES = 16
+"""What a rank sends per sampled row when the head is split: value, index, logsumexp."""
+ATTENTION_OPS, FFN_OPS, EMBED_OPS, HEAD_OPS, CHUNK_OPS = 5, 4, 2, 4, 4
+"""Operators started per phase; `CHUNK_OPS` per prefill chunk and batch, for its index tensors."""
+MAX_ROWS = 4096
+"""Rows that tables cover; longer batches cost in proportion."""
+
+
+class DeviceCosts:
+    """Times of the phases on one device, in float nanoseconds; `rows` may be an array."""
+
+    def __init__(
+        self, device: DeviceProfile, model: ModelSpec, *, alone: bool, dtype: str = "fp32", kv_dtype: str = "fp32"
+    ) -> None:
+        for what, given in (("dtype", dtype), ("kv_dtype", kv_dtype)):
+            if given not in DTYPE_BYTES:
+                raise InvalidInput(f"{what}={given!r} is not one of {', '.join(DTYPE_BYTES)}")
+        self.model, self.dtype, self.rates = model, dtype, device.rates(alone)
+        self.stretch = device.stretch(alone)
+        self.kv_bytes = DTYPE_BYTES[kv_dtype]
+
+    def _phase(self, rows: NDArray[np.int64], weights: int, values_per_row: int, ops: int) -> Floats:
+        """GEMMs over `weights` elements, elementwise traffic of `values_per_row`, and `ops` operator starts."""
+        if weights == 0:
+            return _none(rows)
+        elementwise = rows * (values_per_row * ACTIVATION_BYTES / self.rates.read_bandwidth * 1e9)
+        time = self.rates.gemm_ns(self.dtype, rows) * weights + elementwise + ops * self.rates.op_ns
+        out: Floats = np.where(rows > 0, time * self.stretch, 0.0)
+        return out
+
+    def attention_rows(self, rows: NDArray[np.int64], heads: int, kv_heads: int) -> Floats:
+        """One layer's attention block without attention itself: norm, q, k, v and o projections."""
+        wide = self.model.head_dim * (2 * heads + 2 * kv_heads)
+        return self._phase(rows, self.model.hidden * wide, 4 * self.model.hidden + wide, ATTENTION_OPS)
+
+    def pair_ns(self, heads: int) -> float:
+        """One layer's prefill attention, per (query token, key) pair."""
+        return heads * 4 * self.model.head_dim / self.rates.attention_flops * 1e9 * self.stretch
+
+    def key_ns(self, heads: int, kv_heads: int) -> float:
+        """One layer's decode attention, per key read by a decoding row: bound by bytes or by flop."""
+        read = kv_heads * 2 * self.model.head_dim * self.kv_bytes / self.rates.attention_bandwidth * 1e9
+        return max(read * self.stretch, self.pair_ns(heads))
+
+    def ffn_rows(self, rows: NDArray[np.int64], columns: int) -> Floats:
+        """One layer's feed-forward block over `columns` of the intermediate size."""
+        return self._phase(rows, 3 * self.model.hidden * columns, 4 * self.model.hidden + 3 * columns, FFN_OPS)
+
+    def embed_rows(self, rows: NDArray[np.int64], vocabulary: int) -> Floats:
+        """Looking rows up: bytes only."""
+        if vocabulary == 0:
+            return _none(rows)
+        copied = rows * (2 * self.model.hidden * ACTIVATION_BYTES / self.rates.read_bandwidth * 1e9)
+        out: Floats = np.where(rows > 0, (copied + EMBED_OPS * self.rates.op_ns) * self.stretch, 0.0)
+        return out
+
+    def head_rows(self, rows: NDArray[np.int64], vocabulary: int) -> Floats:
+        """Logits of `rows` sampled rows over `vocabulary` rows of the head, read once more to choose."""
+        return self._phase(rows, self.model.hidden * vocabulary, 2 * vocabulary, HEAD_OPS)
+
+
+def _none(rows: NDArray[np.int64]) -> Floats:
+    return np.zeros(len(rows), dtype=np.float64)
+
+
+def _slowest(times: Sequence[Floats]) -> Floats:
+    slowest: Floats = np.max(np.stack(list(times)), axis=0)
+    return slowest
+
+
+def _table(times: Floats) -> list[int]:
+    """Integer nanoseconds by row count, never falling."""
+    return [int(t) for t in np.maximum.accumulate(np.rint(times))]
+
+
+def _at(table: list[int], n: int) -> int:
+    last = len(table) - 1
+    return table[n] if n <= last else table[last] * n // last
+
+
+class _StageTables:
+    """All that one stage costs, over all its layers, by counts."""
+
+    __slots__ = ("by_rows", "by_sampled", "chunk_ns", "pipe_delay_ns", "shards")
+
+    def __init__(
+        self, stage: Stage, costs: list[DeviceCosts], profile: Profile, links: list[Link], pipe: list[Link], *,
+        first: bool, last: bool,
+    ) -> None:  # fmt: skip
+        model, layers, ranks = costs[0].model, size(stage.layers), len(costs)
+        rows = np.arange(MAX_ROWS + 1)
+
+        def collective(nbytes: NDArray[np.int64]) -> Floats:
+            time = profile.collective_ns(ranks, nbytes.astype(np.float64))
+            return time + np.where(nbytes > 0, _links_ns(links, nbytes), 0.0) if ranks > 1 else time
+
+        activations = rows * model.hidden * ACTIVATION_BYTES
+        per_layer = _slowest([c.ffn_rows(rows, size(sh.ffn)) for c, sh in zip(costs, stage.shards, strict=True)])
+        per_layer = per_layer + 2 * collective(activations)
+        whole = layers * per_layer + np.where(rows > 0, float(profile.host_ns), 0.0)
+        if first:
+            embed = [c.embed_rows(rows, size(sh.embed_rows)) for c, sh in zip(costs, stage.shards, strict=True)]
+            whole = whole + _slowest(embed) + collective(activations)
+        if not last:
+            send = profile.collective_ns(2, activations.astype(np.float64))
+            whole = whole + send + _links_ns([_no_delay(link) for link in pipe], activations)
+        self.by_rows = _table(whole)
+        self.by_sampled = [0] * (MAX_ROWS + 1)
+        if last:
+            head = [c.head_rows(rows, size(sh.head_rows)) for c, sh in zip(costs, stage.shards, strict=True)]
+            self.by_sampled = _table(_slowest(head) + collective(rows * CANDIDATE_BYTES))
+        self.shards: list[tuple[list[int], float, float]] = []
+        """Per shard: attention block by rows, nanoseconds per pair, nanoseconds per key; over all layers."""
+        for cost, sh in zip(costs, stage.shards, strict=True):
+            heads, kv = size(sh.heads), size(sh.kv_heads(model))
+            if heads or not self.shards:
+                block = _table(layers * cost.attention_rows(rows, heads, kv))
+                self.shards.append((block, layers * cost.pair_ns(heads), layers * cost.key_ns(heads, kv)))
+        self.chunk_ns = max(round(CHUNK_OPS * c.rates.op_ns * c.stretch) for c in costs)
+        self.pipe_delay_ns = 0 if last else round(max((link.delay for link in pipe), default=0.0) * 1e9)
+
+
+def _links_ns(links: list[Link], nbytes: NDArray[np.int64]) -> Floats:
+    """Declared delay and bandwidth of the slowest of these links, for messages of `nbytes`."""
+    return _slowest([_none(nbytes), *(link.delay * 1e9 + nbytes / (link.bandwidth or np.inf) * 1e9 for link in links)])
+
+
+def _no_delay(link: Link) -> Link:
+    """A pipe's delay is waited for by the message, not by the stage that sent it."""
+    return Link(link.a, link.b, bandwidth=link.bandwidth)
+
+
+class RooflineCostModel:
+    """`CostModel` of one plan from a profile. Immutable; about 2 us per stage and prediction.
+
+    Raises InvalidDevice when the profile lacks a device of the plan, InvalidInput when it lacks the dtype.
+    """
+
+    def __init__(
+        self, model: ModelSpec, plan: Plan, profile: Profile, version: int = 0, *, dtype: str = "fp32",
+        kv_dtype: str = "fp32", links: Sequence[Link] = (), measured_error: float | None = None,
+    ) -> None:  # fmt: skip
+        self.version = version
+        self._error = measured_error
+        alone = len(plan.devices()) == 1
+        costs = {
+            name: DeviceCosts(profile.device(name), model, alone=alone, dtype=dtype, kv_dtype=kv_dtype)
+            for name in plan.devices()
+        }
+        self._replicas = [_replica_tables(replica, costs, profile, links) for replica in plan.replicas]
+
+    def stage_ns(self, replica: int, stage: int, shape: BatchShape) -> Nanoseconds:
+        """Time the slowest shard of the stage is busy with the batch, collectives included."""
+        return Nanoseconds(_stage_ns(self._replicas[replica][stage], shape))
+
+    def batch_ns(self, replica: int, shape: BatchShape) -> Nanoseconds:
+        """Time of the slowest stage: what a batch costs a full pipeline."""
+        return Nanoseconds(max([_stage_ns(st, shape) for st in self._replicas[replica]]))
+
+    def latency_ns(self, replica: int, shape: BatchShape) -> Nanoseconds:
+        """Sum over the stages, and the declared delays between them."""
+        stages = self._replicas[replica]
+        delay = sum([st.pipe_delay_ns for st in stages]) if shape.tokens else 0
+        return Nanoseconds(sum([_stage_ns(st, shape) for st in stages]) + delay)
+
+    def error(self) -> float | None:
+        """Median relative error against measured batches, as given; None if never compared."""
+        return self._error
+
+
+def _replica_tables(
+    replica: Replica, costs: dict[str, DeviceCosts], profile: Profile, links: Sequence[Link]
+) -> list[_StageTables]:
+    def between(here: tuple[Shard, ...], there: tuple[Shard, ...]) -> list[Link]:
+        a, b = {sh.device for sh in here}, {sh.device for sh in there}
+        return [x for x in links if (x.a in a and x.b in b) or (x.a in b and x.b in a)]
+
+    last = len(replica.stages) - 1
+    out = []
+    for s, stage in enumerate(replica.stages):
+        inside = between(stage.shards, stage.shards)
+        onward = between(stage.shards, replica.stages[s + 1].shards) if s < last else []
+        of_stage = [costs[sh.device] for sh in stage.shards]
+        out.append(_StageTables(stage, of_stage, profile, inside, onward, first=s == 0, last=s == last))
+    return out
+
+
+def _stage_ns(st: _StageTables, shape: BatchShape) -> int:
+    rows = shape.prefill_tokens + shape.decode_rows + shape.pad_tokens
+    pairs, keys, sampled = shape.prefill_pairs, shape.decode_context, shape.sampled_rows
+    attention = 0.0
+    for table, pair_ns, key_ns in st.shards:
+        block = table[rows] if rows <= MAX_ROWS else _at(table, rows)
+        time = block + pair_ns * pairs + key_ns * keys
+        if time > attention:
+            attention = time
+    fixed = st.by_rows[rows] if rows <= MAX_ROWS else _at(st.by_rows, rows)
+    head = st.by_sampled[sampled] if sampled <= MAX_ROWS else _at(st.by_sampled, sampled)
+    return fixed + int(attention) + head + shape.chunks * st.chunk_ns
