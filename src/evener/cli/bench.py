@@ -1,0 +1,268 @@
+"""`evener bench`: load a server (or an engine in this process) and report how it was served."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import typer
+from msgspec import Struct
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from evener.errors import InvalidInput
+from evener.workload import arrivals, drive
+from evener.workload.client import CompletionsClient, ask_served, open_session
+from evener.workload.drive import OnDone, Record, Send
+from evener.workload.lengths import InOrder, Lengths, parse_lengths
+from evener.workload.offline import EngineClient, open_offline_engine
+from evener.workload.report import Report, Summary, make_report
+from evener.workload.requests import Prompts, Text, TimedRequest, build_requests, parse_token_ids, token_ids_of
+from evener.workload.slo import parse_slo
+from evener.workload.trace import Trace, read_trace
+
+DEFAULT_INPUT = "lognormal:180:0.8:16:1000"
+DEFAULT_OUTPUT = "lognormal:100:0.7:8:400"
+
+
+class Traffic(Struct, frozen=True):
+    """The options that say what is sent and when."""
+
+    requests: int | None
+    concurrency: int | None
+    rate: float | None
+    burstiness: float
+    trace: Path | None
+    rate_scale: float
+    context: int | None
+    input_tokens: str | None
+    output_tokens: str | None
+    prompts: str
+    token_ids: str
+    tokenizer: Path | None
+    seed: int
+
+
+def bench(
+    url: Annotated[str, typer.Option(help="Server to load, without /v1.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Served model (default: its first); offline: path or id.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Run an engine in this process, no HTTP.")] = False,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="How many (default: 64, or the whole trace).", show_default=False)
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Closed loop: this many outstanding.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Open loop: requests per second (default: all at once).")] = None,
+    burstiness: Annotated[
+        float, typer.Option(help="Gamma shape of the gaps: 1 Poisson, below 1 burstier, inf constant.")
+    ] = 1.0,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="CSV arrival_s,input_tokens,output_tokens; with --rate or --concurrency: its lengths only."),
+    ] = None,
+    rate_scale: Annotated[float, typer.Option(help="Send a trace this many times as fast.")] = 1.0,
+    context: Annotated[
+        int | None, typer.Option(help="Scale all trace lengths by one factor so that the longest request fits.")
+    ] = None,
+    input_tokens: Annotated[
+        str | None, typer.Option(help="N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA[:LOW:HIGH].")
+    ] = None,
+    output_tokens: Annotated[str | None, typer.Option(help="The same for outputs.")] = None,
+    prompts: Annotated[str, typer.Option(help="`ids` (random token ids) or `text` (random words).")] = "ids",
+    token_ids: Annotated[str, typer.Option(help="Range of random ids, LOW:HIGH.")] = "100:32000",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Draw ids from this tokenizer instead, special ones excluded.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same requests and arrivals.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    ignore_eos: Annotated[bool, typer.Option(help="Generate exactly the asked number of tokens.")] = True,
+    slo: Annotated[str | None, typer.Option(help="Goodput bounds, as in ttft=200ms,tpot=50ms,e2e=10s.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request counts as failed.")] = 3600.0,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer token.")] = None,
+    devices: Annotated[str | None, typer.Option(help="Offline: devices, as for serve.")] = None,
+    tp: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="Offline: tensor parallel.")] = 1,
+    pp: Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", min=1, help="Offline: pipeline parallel.")] = 1,
+    dp: Annotated[int, typer.Option("--data-parallel-size", "-dp", min=1, help="Offline: replicas.")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write JSON with every request here.")] = None,
+    progress: Annotated[
+        bool | None, typer.Option(help="Progress bar on stderr (default: on a terminal).", show_default=False)
+    ] = None,
+) -> None:
+    """Load an OpenAI-compatible server, or an engine in this process, and report latency, throughput and goodput."""
+    bounds = parse_slo(slo) if slo is not None else None
+    traffic = Traffic(
+        requests, concurrency, rate, burstiness, trace, rate_scale, context, input_tokens, output_tokens, prompts,
+        token_ids, tokenizer, seed,
+    )  # fmt: skip
+    todo = make_requests(traffic)
+    if offline and prompts != "ids":
+        raise InvalidInput("--offline takes token ids; leave --prompts at ids")
+    if offline and not ignore_eos:
+        raise InvalidInput("--offline generates exactly the asked number of tokens; leave out --no-ignore-eos")
+    run = drive.new_run(todo, open_loop=concurrency is None)
+
+    @asynccontextmanager
+    async def target() -> AsyncIterator[tuple[Send, str | None, int | None]]:
+        if offline:
+            options: dict[str, Any] = {
+                "devices": devices.split() if devices else None,
+                "tensor_parallel_size": tp,
+                "pipeline_parallel_size": pp,
+                "data_parallel_size": dp,
+            }
+            async with open_offline_engine(model, **options) as engine:
+                yield EngineClient(engine, timeout, temperature).send, model, engine.max_model_len
+        else:
+            async with open_session(api_key) as session:
+                base = url.rstrip("/").removesuffix("/v1")
+                served = await ask_served(session, base, model)
+                client = CompletionsClient(session, base, served.model, ignore_eos, temperature, timeout)
+                yield client.send, served.model, served.max_model_len
+
+    async def measure() -> str | None:
+        async with target() as (send, name, limit):
+            check_fits(todo, limit)
+            with progress_bar(len(todo), sys.stderr.isatty() if progress is None else progress) as on_done:
+                if concurrency is not None:
+                    await drive.closed_loop(todo, concurrency, send, run, on_done)
+                else:
+                    await drive.open_loop(todo, send, run, on_done)
+        return name
+
+    try:
+        name, interrupted = asyncio.run(measure()), False
+    except KeyboardInterrupt:
+        if not run.duration_s:
+            raise
+        name, interrupted = model, True
+    report = make_report(run, bounds)
+    asked = msgspec.to_builtins(traffic, enc_hook=str)
+    settings = {"target": "offline" if offline else url, "model": name, "slo": slo, **asked}
+    figures = {**msgspec.to_builtins(report), "interrupted": interrupted, "settings": settings}
+    if output is not None:
+        output.write_bytes(msgspec.json.encode({**figures, "records": run.records}))
+    if json:
+        print(msgspec.json.format(msgspec.json.encode(figures), indent=2).decode())
+    else:
+        print_report(report)
+    if interrupted or not report.completed:
+        raise typer.Exit(130 if interrupted else 1)
+
+
+def make_requests(t: Traffic) -> list[TimedRequest]:
+    """The request list that the options ask for (InvalidInput, InvalidTrace)."""
+    if t.rate is not None and t.concurrency is not None:
+        raise InvalidInput("--rate (open loop) and --concurrency (closed loop) exclude each other; give one")
+    if t.burstiness != 1 and t.rate is None:
+        raise InvalidInput("--burstiness shapes the arrivals of --rate; give --rate too")
+    inputs: Lengths
+    outputs: Lengths
+    if t.trace is not None:
+        if t.input_tokens or t.output_tokens:
+            raise InvalidInput("--trace brings its own lengths; leave out --input-tokens and --output-tokens")
+        replayed = t.rate is None and t.concurrency is None
+        if t.rate_scale != 1 and not replayed:
+            raise InvalidInput("--rate-scale stretches the arrivals of --trace, which --rate and --concurrency replace")
+        trace = _trace(t, t.trace, replayed)
+        inputs = InOrder(tuple(r.input_tokens for r in trace.rows))
+        outputs = InOrder(tuple(r.output_tokens for r in trace.rows))
+        n = len(trace.rows)
+        times = np.array([r.arrival_s for r in trace.rows])
+    else:
+        if t.rate_scale != 1 or t.context is not None:
+            raise InvalidInput("--rate-scale and --context scale a trace; give --trace, or leave them out")
+        inputs = parse_lengths(t.input_tokens or DEFAULT_INPUT, "--input-tokens")
+        outputs = parse_lengths(t.output_tokens or DEFAULT_OUTPUT, "--output-tokens")
+        n = t.requests or 64
+        times = arrivals.at_once(n)
+    if t.rate is not None:
+        # a stream of its own: changing the rate must not change the requests
+        times = arrivals.gamma(n, t.rate, t.burstiness, np.random.default_rng(t.seed + 1000))
+    return build_requests(times, inputs, outputs, _prompts(t), t.seed)
+
+
+def _trace(t: Traffic, path: Path, replayed: bool) -> Trace:
+    trace = read_trace(path, arrivals=replayed)
+    if t.requests is not None:
+        if t.requests > len(trace.rows):
+            raise InvalidInput(f"--requests {t.requests}: the trace {path} has {len(trace.rows)}; lower it")
+        trace = trace.first(t.requests)
+    if t.context is not None:
+        trace = trace.within(t.context)
+    return trace.at_rate(t.rate_scale)
+
+
+def _prompts(t: Traffic) -> Prompts:
+    if t.prompts == "text":
+        return Text()
+    if t.prompts != "ids":
+        raise InvalidInput(f"--prompts {t.prompts!r} is neither ids nor text")
+    return token_ids_of(t.tokenizer) if t.tokenizer is not None else parse_token_ids(t.token_ids)
+
+
+def check_fits(requests: list[TimedRequest], limit: int | None) -> None:
+    """Refuse, before anything is sent, a workload that the model's context cannot hold (InvalidInput)."""
+    longest = max(requests, key=lambda r: r.input_tokens + r.output_tokens)
+    need = longest.input_tokens + longest.output_tokens
+    if limit is not None and need > limit:
+        raise InvalidInput(
+            f"request {longest.index} takes {longest.input_tokens} + {longest.output_tokens} = {need} tokens, the "
+            f"model's context is {limit}; shorten the lengths, or scale a trace with --context {limit}"
+        )
+
+
+@contextmanager
+def progress_bar(total: int, shown: bool) -> Iterator[OnDone]:
+    """A bar on stderr; yields the callback for each request that ended."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, refresh_per_second=2) as bar:
+        task = bar.add_task("requests", total=total, note="")
+        failed = tokens = 0
+
+        def on_done(record: Record) -> None:
+            nonlocal failed, tokens
+            failed += record.failure is not None
+            tokens += record.output_tokens
+            bar.update(task, advance=1, note=f"{tokens} tokens" + (f", [red]{failed} failed[/red]" if failed else ""))
+
+        yield on_done
+
+
+def print_report(report: Report) -> None:
+    """Tables for a reader, on stdout."""
+    console = Console()
+    counts = Table(show_header=False, box=None)
+    for name, value in (
+        ("requests", f"{report.completed} completed, {report.failed} failed of {report.requests}"),
+        ("duration", f"{report.duration_s:.2f} s"),
+        ("tokens", f"{report.input_tokens} in, {report.output_tokens} out"),
+        ("throughput", f"{report.output_tok_s:.1f} output tok/s, {report.total_tok_s:.1f} tok/s in all"),
+        ("goodput", f"{report.goodput_req_s:.3f} req/s"),
+        ("arrivals", f"{report.arrival_req_s:.3f} req/s" if report.arrival_req_s else "at once"),
+        ("client", f"{report.client_cpu_s:.2f} s CPU" + _late(report.lateness_ms)),
+    ):
+        counts.add_row(name, value)
+    if report.short_outputs:
+        counts.add_row("[yellow]short[/yellow]", f"{report.short_outputs} answers shorter than asked for")
+    for reason, count in report.failures.items():
+        counts.add_row(f"[red]{reason}[/red]", f"{count}; first: {escape(report.failure_examples[reason])}")
+    times = Table("ms", "p50", "p90", "p99", "mean", box=None)
+    for column in times.columns[1:]:
+        column.justify = "right"
+    rows = (("TTFT", report.ttft_ms), ("TPOT", report.tpot_ms), ("ITL", report.itl_ms), ("end to end", report.e2e_ms))
+    for name, s in rows:
+        times.add_row(name, *("-" if v is None else f"{v:.1f}" for v in (s.p50, s.p90, s.p99, s.mean)))
+    console.print(counts)
+    console.print(times)
+
+
+def _late(lateness: Summary) -> str:
+    if lateness.p99 is None:
+        return ""
+    return f", sent late by p50 {lateness.p50:.1f} ms, p99 {lateness.p99:.1f} ms"
