@@ -1,0 +1,157 @@
+"""One decoder for every family: pre-norm transformer layers with grouped-query attention and a gated SiLU FFN
+(Llama, Touvron et al. 2023). Each rank computes its heads and FFN columns; two sums per layer put the parts together.
+
+Shape suffixes: T rows of the batch, S sampled rows, H hidden, V vocabulary rows of this shard, D head_dim, Q query
+heads of this shard, C fused q, k, v width ((Q + 2 KV heads) * D), F FFN columns of this shard.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from evener import kernels
+from evener.errors import InvalidInput
+from evener.model.inputs import Rows
+from evener.model.kv import KVSlabs
+from evener.model.rope import rope_tables
+from evener.model.source import ModelSource
+from evener.model.weights import LayerWeights, Reader, load_ends, load_layers
+from evener.spec.model import ModelSpec
+from evener.spec.plan import Shard, Stage, size
+
+
+class Group(Protocol):
+    """All that the maths needs of a tensor-parallel group (`evener.execute.live.transport.base.Group` is one)."""
+
+    def all_reduce(self, t: torch.Tensor) -> object:
+        """Sum over the ranks of the stage, in place; fp32, contiguous."""
+        ...
+
+
+class StageModel:
+    """The part of a model that one rank of one stage computes.
+
+    All ranks of a stage call `embed` (first stage), `run_layers` and `logits` (last stage) in the same order with the
+    same rows, each with its own end of the group, or None where the stage has one rank.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        spec: ModelSpec,
+        stage: Stage,
+        shard: Shard,
+        *,
+        first_stage: bool,
+        last_stage: bool,
+        rank: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Load this shard's weights and nothing more. `rank` is the shard's place in the stage's group.
+
+        Raises InvalidInput for a dtype that is not computed in, UnsupportedModel when a weight cannot be read.
+        """
+        if dtype != torch.float32:
+            raise InvalidInput(f"dtype {dtype} is not supported; supported: torch.float32")
+        self.spec, self.stage, self.shard, self.rank = spec, stage, shard, rank
+        self.device = torch.device(device)
+        read = Reader(source, dtype, self.device)
+        self.layers = load_layers(read, spec, stage, shard, rank)
+        self.ends = load_ends(read, spec, shard, first_stage, last_stage)
+        cos_PD, sin_PD = rope_tables(spec, spec.max_position, source.rope_divisors())
+        self._cos_PD, self._sin_PD = cos_PD.to(self.device), sin_PD.to(self.device)
+
+        kv_a, kv_b = shard.kv_heads(spec)
+        self.n_q, self.n_kv = size(shard.heads), kv_b - kv_a
+        heads = torch.arange(*shard.heads, dtype=torch.int32, device=self.device)
+        self._kv_of_head = heads // spec.group - kv_a
+        self._scale = spec.head_dim**-0.5
+        self._kv: KVSlabs | None = None
+
+    def allocate_kv(self, n_blocks: int) -> KVSlabs:
+        """Allocate (or replace) this shard's part of `n_blocks` KV blocks."""
+        self._kv = KVSlabs(len(self.layers), self.n_kv, n_blocks, self.spec.head_dim, self.device)
+        return self._kv
+
+    def embed(self, tokens_T: torch.Tensor, group: Group | None) -> torch.Tensor:
+        """Token ids (int64) -> x_TH. Rows of the vocabulary held elsewhere are zero here, and the sum fills them in."""
+        embed_VH = self.ends.embed_VH
+        assert embed_VH is not None, "embed is for the first stage"
+        a, b = self.shard.embed_rows
+        if group is None:
+            assert (a, b) == (0, self.spec.vocab), f"embedding rows [{a}, {b}) of {self.spec.vocab} and no group"
+            return F.embedding(tokens_T, embed_VH)
+        x_TH = torch.zeros(tokens_T.shape[0], self.spec.hidden, device=self.device)
+        here_T = (tokens_T >= a) & (tokens_T < b)
+        x_TH[here_T] = embed_VH[tokens_T[here_T] - a]
+        group.all_reduce(x_TH)
+        return x_TH
+
+    def run_layers(self, x_TH: torch.Tensor, rows: Rows, group: Group | None) -> torch.Tensor:
+        """Run the stage's layers; writes the rows' K and V into the cache. `x_TH` is updated in place and returned."""
+        eps = self.spec.norm_eps
+        normed_TH = torch.empty_like(x_TH)
+        kernels.rms_norm(x_TH, self.layers[0].attn_norm_H, eps, normed_TH)
+        for i, w in enumerate(self.layers):
+            attn_TH = self._attention(i, w, normed_TH, rows)
+            _sum(attn_TH, group)
+            kernels.add_rms_norm(x_TH, attn_TH, w.mlp_norm_H, eps, normed_TH)
+
+            mlp_TH = self._mlp(w, normed_TH)
+            _sum(mlp_TH, group)
+            if i + 1 < len(self.layers):
+                kernels.add_rms_norm(x_TH, mlp_TH, self.layers[i + 1].attn_norm_H, eps, normed_TH)
+            else:
+                x_TH += mlp_TH
+        return x_TH
+
+    def logits(self, x_TH: torch.Tensor, sample_S: torch.Tensor, group: Group | None = None) -> torch.Tensor:
+        """Logits_SV of the chosen rows over this shard's head rows. Nothing is gathered here (`group` stays unused)."""
+        norm_H, head_VH = self.ends.final_norm_H, self.ends.head_VH
+        assert norm_H is not None and head_VH is not None, "logits is for the last stage"
+        x_SH = x_TH[sample_S]
+        normed_SH = torch.empty_like(x_SH)
+        kernels.rms_norm(x_SH, norm_H, self.spec.norm_eps, normed_SH)
+        return F.linear(normed_SH, head_VH)
+
+    def _attention(self, i: int, w: LayerWeights, normed_TH: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """This shard's heads of self-attention, before the sum over the group."""
+        if not self.n_q:
+            return self._nothing(normed_TH, w.o_bias_H)
+        assert self._kv is not None, "allocate_kv comes before the first batch"
+        k_slab, v_slab = self._kv.k[i], self._kv.v[i]
+        n = rows.n_real  # padding rows take part in the GEMMs only
+        qkv_TC = F.linear(normed_TH, w.qkv_CH, w.qkv_bias_C)
+        q_TQD = torch.empty(n, self.n_q, self.spec.head_dim, device=self.device)
+        kernels.rope_write_kv(
+            qkv_TC[:n], self._cos_PD, self._sin_PD, rows.positions_T[:n], rows.kv_slot_T[:n], k_slab, v_slab,
+            self.n_q, self.n_kv, q_TQD, q_norm_D=w.q_norm_D, k_norm_D=w.k_norm_D, eps=self.spec.norm_eps,
+        )  # fmt: skip
+        out_TQD = torch.zeros(rows.n_rows, self.n_q, self.spec.head_dim, device=self.device)
+        kernels.paged_attention(
+            q_TQD, k_slab, v_slab, rows.cu_R, rows.start_R, rows.tables_RM, self._kv_of_head, self._scale, out_TQD[:n]
+        )
+        return F.linear(out_TQD.flatten(1), w.o_HQ, w.o_bias_H)
+
+    def _mlp(self, w: LayerWeights, normed_TH: torch.Tensor) -> torch.Tensor:
+        """This shard's columns of the feed-forward network, before the sum over the group."""
+        columns = size(self.shard.ffn)
+        if not columns:
+            return self._nothing(normed_TH, w.down_bias_H)
+        gate_up_T2F = F.linear(normed_TH, w.gate_up_FH, w.gate_up_bias_F)
+        act_TF = torch.empty(gate_up_T2F.shape[0], columns, device=self.device)
+        kernels.silu_mul(gate_up_T2F, act_TF)
+        return F.linear(act_TF, w.down_HF, w.down_bias_H)
+
+    def _nothing(self, like_TH: torch.Tensor, bias_H: torch.Tensor | None) -> torch.Tensor:
+        """The part of a shard that computes nothing here, and still joins the sum."""
+        zeros_TH = torch.zeros_like(like_TH)
+        return zeros_TH if bias_H is None else zeros_TH + bias_H
+
+
+def _sum(t: torch.Tensor, group: Group | None) -> None:
+    """Sum over the ranks of the stage, in place."""
+    if group is not None:
+        group.all_reduce(t)

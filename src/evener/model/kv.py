@@ -1,0 +1,28 @@
+"""The KV cache of one shard: tensors only; who owns which block is the engine's business."""
+
+import torch
+
+from evener.errors import InvalidInput
+from evener.spec.memory import BLOCK_TOKENS
+
+
+class KVSlabs:
+    """Slabs per (layer, KV head), so that layers and heads can move between devices.
+
+    `k` [layers, kv_heads, blocks, head_dim, BLOCK_TOKENS]: transposed inside the block, so that a query reads
+    BLOCK_TOKENS keys side by side. `v` [layers, kv_heads, blocks, BLOCK_TOKENS, head_dim]. Both fp32, zeroed: what
+    was never written is finite. A shard without heads has empty slabs.
+    """
+
+    def __init__(
+        self, layers: int, kv_heads: int, blocks: int, head_dim: int, device: torch.device | str = "cpu"
+    ) -> None:
+        if blocks < 1:
+            raise InvalidInput(f"a KV cache of {blocks} blocks holds no token; give it at least 1")
+        self.k = torch.zeros(layers, kv_heads, blocks, head_dim, BLOCK_TOKENS, device=device)
+        self.v = torch.zeros(layers, kv_heads, blocks, BLOCK_TOKENS, head_dim, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both slabs."""
+        return self.k.nbytes + self.v.nbytes

@@ -1,0 +1,116 @@
+"""The weights of one shard: sharding stands here, beside the maths.
+
+Each tensor is read from the mapped file as the interval that the shard computes with, straight into its place; the
+whole model is never in memory once per rank.
+
+Shape suffixes: H hidden, V a vocabulary interval, D head_dim, Q query-head width (n_q * D), C fused q, k, v width
+((n_q + 2 n_kv) * D), F FFN columns of the shard.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from evener.model.families.base import EMBED, FINAL_NORM, HEAD, layer_name
+from evener.model.source import ModelSource
+from evener.spec.model import ModelSpec
+from evener.spec.plan import Interval, Shard, Stage, size
+
+
+class LayerWeights(NamedTuple):
+    """One layer, one shard. Biases of split inputs (o, down) are held by the group's first rank alone."""
+
+    attn_norm_H: torch.Tensor
+    qkv_CH: torch.Tensor
+    qkv_bias_C: torch.Tensor | None
+    q_norm_D: torch.Tensor | None
+    k_norm_D: torch.Tensor | None
+    o_HQ: torch.Tensor
+    o_bias_H: torch.Tensor | None
+    mlp_norm_H: torch.Tensor
+    gate_up_FH: torch.Tensor
+    """[2F, H]: the gate's rows, then up's."""
+    gate_up_bias_F: torch.Tensor | None
+    down_HF: torch.Tensor
+    down_bias_H: torch.Tensor | None
+
+
+class Reader(NamedTuple):
+    """Reads and fuses pieces of tensors onto a device."""
+
+    source: ModelSource
+    dtype: torch.dtype
+    device: torch.device
+
+    def one(self, name: str, rows: Interval | None = None, cols: Interval | None = None) -> torch.Tensor:
+        """[rows, cols) of one tensor."""
+        return self.source.read(name, rows, cols, self.dtype).to(self.device)
+
+    def fused(self, parts: list[tuple[str, Interval]], *trailing: int) -> torch.Tensor:
+        """Rows of several tensors one below the other, read one at a time. `trailing`: the shape of a row."""
+        out = torch.empty(sum(size(rows) for _, rows in parts), *trailing, dtype=self.dtype, device=self.device)
+        at = 0
+        for name, rows in parts:
+            if n := size(rows):
+                out[at : at + n] = self.source.read(name, rows, None, self.dtype)
+            at += n
+        return out
+
+
+def load_layer(read: Reader, spec: ModelSpec, layer: int, shard: Shard, rank: int) -> LayerWeights:
+    """The shard's part of one layer. `rank` is the shard's place in its tensor-parallel group."""
+    dim = spec.head_dim
+    kv_a, kv_b = shard.kv_heads(spec)
+    q, kv = (shard.heads[0] * dim, shard.heads[1] * dim), (kv_a * dim, kv_b * dim)
+
+    def name(part: str) -> str:
+        return layer_name(layer, part)
+
+    def qkv(suffix: str) -> list[tuple[str, Interval]]:
+        return [(name(f"self_attn.{p}_proj.{suffix}"), rows) for p, rows in (("q", q), ("k", kv), ("v", kv))]
+
+    def gate_up(suffix: str) -> list[tuple[str, Interval]]:
+        return [(name(f"mlp.{p}_proj.{suffix}"), shard.ffn) for p in ("gate", "up")]
+
+    first = rank == 0
+    return LayerWeights(
+        attn_norm_H=read.one(name("input_layernorm.weight")),
+        qkv_CH=read.fused(qkv("weight"), spec.hidden),
+        qkv_bias_C=read.fused(qkv("bias")) if spec.qkv_bias else None,
+        q_norm_D=read.one(name("self_attn.q_norm.weight")) if spec.qk_norm else None,
+        k_norm_D=read.one(name("self_attn.k_norm.weight")) if spec.qk_norm else None,
+        o_HQ=read.one(name("self_attn.o_proj.weight"), None, q),
+        o_bias_H=read.one(name("self_attn.o_proj.bias")) if spec.o_bias and first else None,
+        mlp_norm_H=read.one(name("post_attention_layernorm.weight")),
+        gate_up_FH=read.fused(gate_up("weight"), spec.hidden),
+        gate_up_bias_F=read.fused(gate_up("bias")) if spec.mlp_bias else None,
+        down_HF=read.one(name("mlp.down_proj.weight"), None, shard.ffn),
+        down_bias_H=read.one(name("mlp.down_proj.bias")) if spec.mlp_bias and first else None,
+    )
+
+
+class EndWeights(NamedTuple):
+    """What only the first and the last stage hold."""
+
+    embed_VH: torch.Tensor | None
+    final_norm_H: torch.Tensor | None
+    head_VH: torch.Tensor | None
+
+
+def load_ends(read: Reader, spec: ModelSpec, shard: Shard, first_stage: bool, last_stage: bool) -> EndWeights:
+    """Embedding rows, final norm and head rows of a shard. Tied rows that are held as both are stored once."""
+    embed, head = shard.embed_rows, shard.head_rows
+    if first_stage and last_stage and spec.tied and max(embed[0], head[0]) < min(embed[1], head[1]):
+        low = min(embed[0], head[0])
+        both_VH = read.one(EMBED, (low, max(embed[1], head[1])))
+        embed_VH: torch.Tensor | None = both_VH[embed[0] - low : embed[1] - low]
+        head_VH: torch.Tensor | None = both_VH[head[0] - low : head[1] - low]
+    else:
+        embed_VH = read.one(EMBED, embed) if first_stage else None
+        head_VH = read.one(EMBED if spec.tied else HEAD, head) if last_stage else None
+    return EndWeights(embed_VH, read.one(FINAL_NORM) if last_stage else None, head_VH)
+
+
+def load_layers(read: Reader, spec: ModelSpec, stage: Stage, shard: Shard, rank: int) -> list[LayerWeights]:
+    """The shard's part of every layer of its stage."""
+    return [load_layer(read, spec, layer, shard, rank) for layer in range(*stage.layers)]

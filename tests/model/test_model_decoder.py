@@ -1,0 +1,147 @@
+"""Law 6 (plan equivalence) for the maths: any split of any family gives transformers' logits."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from checkpoints import CHECKPOINTS
+from deployment import Deployment, Piece, relative_error, stages
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from evener.errors import InvalidInput
+from evener.model.decoder import StageModel
+from evener.model.source import open_model
+
+BOUND = 1e-4
+PROMPTS = [[5, 17, 3, 88, 41, 2, 96, 0, 13, 13, 54, 9, 71, 30, 22, 6, 64, 7, 33], [11, 90, 4]]
+
+
+@torch.no_grad()
+def reference(model, tokens):
+    return model(torch.tensor([tokens])).logits[0]
+
+
+def check(deployment, model, padding=0):
+    batch = [Piece(i, 0, tokens) for i, tokens in enumerate(PROMPTS)]
+    got = deployment.run(batch, padding)
+    want = torch.cat([reference(model, tokens) for tokens in PROMPTS])
+    assert relative_error(got, want) < BOUND
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_whole_model_equals_transformers(checkpoint, name):
+    directory, model = checkpoint(name)
+    source = open_model(directory)
+    check(Deployment(source, stages(source.spec)), model)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_tensor_parallel_equals_transformers(checkpoint, name, ranks):
+    directory, model = checkpoint(name)
+    source = open_model(directory)
+    shares = [source.spec.heads * r // ranks for r in range(ranks + 1)]
+    heads = list(pairwise(shares))
+    check(Deployment(source, stages(source.spec, heads=heads)), model)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_pipeline_of_tensor_parallel_stages_equals_transformers(checkpoint, name):
+    directory, model = checkpoint(name)
+    source = open_model(directory)
+    spec = source.spec
+    split = stages(spec, layers=[(0, 2), (2, 3)], heads=[(0, 1), (1, spec.heads)])
+    check(Deployment(source, split), model)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_shards_without_heads_columns_or_vocabulary(checkpoint, name):
+    directory, model = checkpoint(name)
+    source = open_model(directory)
+    n, f, v = source.spec.heads, source.spec.ffn, source.spec.vocab
+    split = stages(
+        source.spec,
+        heads=[(0, 0), (0, n - 1), (n - 1, n)],
+        ffn=[(0, 7), (7, 7), (7, f)],
+        embed=[(0, v), (v, v), (v, v)],
+        head=[(0, 3), (3, v - 1), (v - 1, v)],
+    )
+    check(Deployment(source, split), model)
+
+
+def test_padding_rows_change_nothing_and_write_no_kv(checkpoint):
+    directory, model = checkpoint("qwen3")
+    source = open_model(directory)
+    deployment = Deployment(source, stages(source.spec, heads=[(0, 3), (3, 4)]))
+    check(deployment, model, padding=5)
+    used = set(deployment.tables[: len(PROMPTS)].flatten().tolist())
+    for rank in deployment.models[0]:
+        slabs = rank._kv
+        others = [b for b in range(slabs.k.shape[2]) if b not in used]
+        assert slabs.k[:, :, others].abs().max() == 0 and slabs.v[:, :, others].abs().max() == 0
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_chunked_prefill_and_decode_equal_one_pass(checkpoint, data):
+    directory, model = checkpoint(data.draw(st.sampled_from(sorted(CHECKPOINTS))))
+    source = open_model(directory)
+    spec = source.spec
+    cut = data.draw(st.integers(0, spec.heads))
+    deployment = Deployment(source, stages(spec, heads=[(0, cut), (cut, spec.heads)]))
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    texts = [[(7 * i * i + 3 * n + i) % spec.vocab for i in range(n)] for n in lengths]
+    done = [0] * len(texts)
+    logits = [[] for _ in texts]
+    while any(d < len(t) for d, t in zip(done, texts, strict=True)):
+        batch = []
+        for s, text in enumerate(texts):
+            if left := len(text) - done[s]:
+                count = data.draw(st.integers(1, left))
+                batch.append(Piece(s, done[s], text[done[s] : done[s] + count]))
+        parts = deployment.run(batch).split([len(p.tokens) for p in batch])
+        for piece, part in zip(batch, parts, strict=True):
+            logits[piece.sequence].append(part)
+            done[piece.sequence] += len(piece.tokens)
+    for text, parts in zip(texts, logits, strict=True):
+        assert relative_error(torch.cat(parts), reference(model, text)) < BOUND
+
+
+def test_positions_near_the_end_of_the_context(checkpoint):
+    """llama3 scaling changes long wavelengths: only far positions tell."""
+    directory, model = checkpoint("llama3")
+    source = open_model(directory)
+    tokens = [(i * i + i // 3) % source.spec.vocab for i in range(256)]
+    deployment = Deployment(source, stages(source.spec), max_len=256, sequences=1)
+    assert relative_error(deployment.run([Piece(0, 0, tokens)]), reference(model, tokens)) < BOUND
+
+
+def test_logits_of_chosen_rows_only(checkpoint):
+    directory, _ = checkpoint("smol")
+    source = open_model(directory)
+    (stage,) = stages(source.spec)
+    model = StageModel(source, source.spec, stage, stage.shards[0], first_stage=True, last_stage=True, rank=0)
+    x_TH = torch.randn(5, source.spec.hidden)
+    chosen = torch.tensor([4, 1])
+    assert torch.allclose(model.logits(x_TH, chosen), model.logits(x_TH, torch.arange(5))[chosen], atol=1e-6)
+
+
+def test_tied_rows_are_stored_once(checkpoint):
+    directory, _ = checkpoint("smol")
+    source = open_model(directory)
+    v = source.spec.vocab
+    (stage,) = stages(source.spec, embed=[(0, 60), (60, v)], head=[(0, 20), (20, v)])
+    model = StageModel(source, source.spec, stage, stage.shards[1], first_stage=True, last_stage=True, rank=1)
+    embed, head = model.ends.embed_VH, model.ends.head_VH
+    assert embed.shape[0] == v - 60 and head.shape[0] == v - 20
+    assert embed.untyped_storage().data_ptr() == head.untyped_storage().data_ptr()
+
+
+def test_other_dtypes_are_refused(checkpoint):
+    directory, _ = checkpoint("smol")
+    source = open_model(directory)
+    (stage,) = stages(source.spec)
+    with pytest.raises(InvalidInput, match=r"torch.bfloat16 is not supported; supported: torch.float32"):
+        StageModel(source, source.spec, stage, stage.shards[0], first_stage=True, last_stage=True, rank=0,
+                   dtype=torch.bfloat16)  # fmt: skip
