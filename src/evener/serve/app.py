@@ -1,0 +1,91 @@
+"""The ASGI application: every endpoint over one engine."""
+
+import hmac
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from evener.errors import InvalidInput, Unauthorized
+from evener.execute.base import Engine
+from evener.serve import chat, completions, errors, health, metrics, models, tokenize
+from evener.serve.front import VERSION, Front, FrontConfig
+from evener.serve.metrics import Metrics
+from evener.serve.vocabulary import Tokenizer
+from evener.serve.wire import components
+
+OPEN_PATHS = frozenset({"/health"})
+"""Paths that need no API key."""
+
+
+def create_app(engine: Engine, tokenizer: Tokenizer, config: FrontConfig) -> FastAPI:
+    """The front over a running engine, which stays the caller's to close.
+
+    Raises InvalidInput for settings that cannot be, UnsupportedModel for a tokenizer that is not understood.
+    """
+    if not config.served_model_names:
+        raise InvalidInput("no served model name was given; give at least one")
+    if config.api_key == "":
+        raise InvalidInput("the API key is empty; give one, or none to serve without")
+    front = Front(engine, tokenizer, config)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        yield
+        front.close()
+
+    # The interactive pages load scripts from the network; the document itself stays.
+    app = FastAPI(title="Evener", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
+    errors.install(app)
+    for room in (completions, chat, models, tokenize, health):
+        app.include_router(room.router(front))
+    app.include_router(metrics.router(front.metrics))
+    app.add_middleware(Gate, api_key=config.api_key, metrics=front.metrics)
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(components())
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
+
+
+class Gate:
+    """Asks for the API key before anything of the request is read, and counts every answer."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics) -> None:
+        self._app = app
+        self._key = api_key.encode() if api_key is not None else None
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI side."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")
+                self._metrics.answered(getattr(route, "path", "other"), message["status"])
+            await send(message)
+
+        if self._key is not None and scope["path"] not in OPEN_PATHS and not self._authorised(scope):
+            refusal = Unauthorized("the API key is missing or wrong; send 'Authorization: Bearer KEY'")
+            await errors.error_response(refusal)(scope, receive, counted)
+            return
+        await self._app(scope, receive, counted)
+
+    def _authorised(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, key = given.partition(b" ")
+        # Compared in constant time, so that the key cannot be guessed byte by byte.
+        return bool(
+            scheme.lower() == b"bearer" and self._key is not None and hmac.compare_digest(key.strip(), self._key)
+        )

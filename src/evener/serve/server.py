@@ -1,0 +1,88 @@
+"""Runs an ASGI app on a port until told to stop, and leaves nothing half done."""
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+from collections.abc import Callable, Generator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from evener.errors import StartFailed
+
+GRACE_S = 30
+"""Seconds that accepted requests get to finish after a stop."""
+
+
+async def run(
+    app: ASGIApp,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    ready: Callable[[int], None] | None = None,
+    stop: asyncio.Event | None = None,
+    grace_s: int = GRACE_S,
+) -> None:
+    """Serve until `stop` is set, SIGINT or SIGTERM; then accept nothing more and finish what was accepted.
+
+    `ready` is called once with the port (0 picks a free one) when connections are taken. What still runs after
+    `grace_s`, or at a second signal, is cancelled. Returns normally in every case, so that the caller can close
+    the engine. Raises StartFailed when the address cannot be had.
+    """
+    listener = _listen(host, port)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace_s
+    )
+    server = _Server(config)
+    loop = asyncio.get_running_loop()
+    handled = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: its owner handles signals
+            loop.add_signal_handler(number, server.handle_exit, number, None)
+            handled.append(number)
+    watcher = asyncio.create_task(_watch(server, listener.getsockname()[1], ready, stop))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
+        for number in handled:
+            loop.remove_signal_handler(number)
+        listener.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn raises a caught signal again after its shutdown, which would end the process before the engine."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+async def _watch(server: _Server, port: int, ready: Callable[[int], None] | None, stop: asyncio.Event | None) -> None:
+    while not server.started:
+        await asyncio.sleep(0.01)
+    if ready is not None:
+        ready(port)
+    if stop is not None:
+        await stop.wait()
+        server.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises StartFailed with the remedy."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        remedies = {
+            errno.EADDRINUSE: "stop what uses it, or choose another with --port",
+            errno.EACCES: "ports below 1024 need rights; choose another with --port",
+            errno.EADDRNOTAVAIL: "this host has no such address; choose another with --host",
+        }
+        remedy = remedies.get(error.errno or 0, "check --host and --port")
+        raise StartFailed(f"cannot listen on {host}:{port} ({error.strerror or error}); {remedy}") from error
+    except OverflowError as error:
+        raise StartFailed(f"port {port} is not between 0 and 65535; choose another with --port") from error
