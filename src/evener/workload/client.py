@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import Struct
 
 from evener.errors import Unavailable, UnknownModel
@@ -113,8 +114,8 @@ async def _read(stream: aiohttp.StreamReader, record: Record, now: Clock) -> Non
                 record.chunk_s.append(at)
                 closing = chunk.choices[0].finish_reason is not None and not chunk.choices[0].text
             usage = chunk.usage or usage
-    except (msgspec.DecodeError, ValueError) as error:
-        # ValueError: a line longer than MAX_LINE
+    except (msgspec.DecodeError, ValueError, HttpProcessingError) as error:
+        # the last two: a line longer than MAX_LINE, by the version of aiohttp
         raise SendFailed("bad_sse", str(error)) from error
     if not done:
         raise SendFailed("broken_stream", "the stream ended without [DONE]")
@@ -142,7 +143,7 @@ async def open_session(api_key: str | None = None) -> AsyncIterator[aiohttp.Clie
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(
-        headers=headers, timeout=timeout, connector=connector, read_bufsize=MAX_LINE
+        headers=headers, timeout=timeout, connector=connector, read_bufsize=MAX_LINE // 2
     ) as session:
         yield session
 

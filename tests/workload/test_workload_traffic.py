@@ -133,6 +133,7 @@ def test_token_ids_are_spelt() -> None:
             parse_token_ids(bad)
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_token_ids_of_a_tokenizer(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
