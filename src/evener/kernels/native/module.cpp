@@ -1,2 +1,105 @@
+// Bindings. Arrays arrive as addresses (a tensor's data_ptr), sizes and strides in elements; the Python wrappers check dtype,
+// device and shape.
 #include <nanobind/nanobind.h>
-NB_MODULE(_native, m) {}
+#include <nanobind/stl/string.h>
+
+#include "launch.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using namespace evener;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const float* floats(uintptr_t address) { return at<const float>(address); }
+const int32_t* ints(uintptr_t address) { return at<const int32_t>(address); }
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  auto free = nb::call_guard<nb::gil_scoped_release>();
+  choose_isa("");
+
+  m.def("isa", &isa);
+  m.def("choose_isa", &choose_isa);
+  m.def("supported_isas", &supported_isas);
+  m.def("threads", &threads);
+  m.def("set_threads", &set_threads, free);
+
+  m.def(
+      "norm",
+      [](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, int64_t rows, int64_t inner, int64_t width,
+         int64_t x_outer, int64_t x_inner, int64_t out_outer, int64_t out_inner, int64_t residual_outer, float eps) {
+        norm({floats(x), at<float>(residual), floats(weight), at<float>(out), inner, width, x_outer, x_inner, out_outer,
+              out_inner, residual_outer, eps},
+             rows);
+      },
+      free);
+  m.def(
+      "rope",
+      [](uintptr_t qkv, uintptr_t cos, uintptr_t sin, uintptr_t positions, uintptr_t kv_slot, uintptr_t k_slab,
+         uintptr_t v_slab, uintptr_t q_out, uintptr_t q_norm, uintptr_t k_norm, int64_t rows, int64_t qkv_stride,
+         int64_t q_out_stride, int64_t slab_head_stride, int64_t n_q, int64_t n_kv, int64_t head_dim, float eps,
+         int64_t max_position, int64_t slots) {
+        rope({floats(qkv), floats(cos), floats(sin), ints(positions), ints(kv_slot), at<float>(k_slab), at<float>(v_slab),
+              at<float>(q_out), floats(q_norm), floats(k_norm), qkv_stride, q_out_stride, slab_head_stride, n_q, n_kv,
+              head_dim, eps},
+             rows, max_position, slots);
+      },
+      free);
+  m.def(
+      "silu_mul",
+      [](uintptr_t gate_up, uintptr_t out, int64_t rows, int64_t width, int64_t gate_up_stride, int64_t out_stride) {
+        silu_mul({floats(gate_up), at<float>(out), width, gate_up_stride, out_stride}, rows);
+      },
+      free);
+  m.def(
+      "attention",
+      [](uintptr_t q, uintptr_t k_slab, uintptr_t v_slab, uintptr_t out, int64_t q_stride, int64_t out_stride,
+         int64_t slab_head_stride, int64_t head_dim, float scale, uintptr_t cu, uintptr_t start, uintptr_t tables,
+         uintptr_t kv_of_head, int64_t sequences, int64_t table_width, int64_t heads, int64_t kv_heads, int64_t blocks,
+         int64_t rows) {
+        attention({floats(q), floats(k_slab), floats(v_slab), at<float>(out), q_stride, out_stride, slab_head_stride,
+                   head_dim, scale},
+                  {ints(cu), ints(start), ints(tables), ints(kv_of_head), sequences, table_width, heads, kv_heads, blocks,
+                   rows});
+      },
+      free);
+  m.def(
+      "argmax",
+      [](uintptr_t x, int64_t rows, int64_t width, int64_t stride, uintptr_t index, uintptr_t value) {
+        argmax(floats(x), rows, width, stride, at<int64_t>(index), at<float>(value));
+      },
+      free);
+  m.def(
+      "gumbel_argmax",
+      [](uintptr_t x, int64_t rows, int64_t width, int64_t stride, uintptr_t inv_temperature, uintptr_t key,
+         uint32_t vocab_offset, uintptr_t floor, uintptr_t index, uintptr_t value) {
+        gumbel_argmax(floats(x), rows, width, stride, floats(inv_temperature), at<const uint64_t>(key), vocab_offset,
+                      floats(floor), at<int64_t>(index), at<float>(value));
+      },
+      free);
+  m.def(
+      "gumbel_noise",
+      [](uintptr_t key, uintptr_t index, int64_t rows, int64_t width, uintptr_t out) {
+        gumbel_noise(at<const uint64_t>(key), at<const int64_t>(index), rows, width, at<float>(out));
+      },
+      free);
+  m.def(
+      "logsumexp",
+      [](uintptr_t x, int64_t rows, int64_t width, int64_t stride, uintptr_t out) {
+        logsumexp(floats(x), rows, width, stride, at<float>(out));
+      },
+      free);
+  m.def(
+      "top_candidates",
+      [](uintptr_t x, int64_t rows, int64_t width, int64_t stride, int64_t k, uintptr_t values, uintptr_t indices) {
+        top_candidates(floats(x), rows, width, stride, k, at<float>(values), at<int64_t>(indices));
+      },
+      free);
+}

@@ -1,0 +1,87 @@
+// What every instruction set provides: plain functions on plain pointers, without allocation or threads.
+// launch.cpp checks, divides the work and calls them. Strides count elements; the last dimension is dense.
+#pragma once
+#include <cstdint>
+
+namespace evener {
+
+constexpr int BLOCK = 16;      // tokens in a KV block
+constexpr int KEY_TILE = 64;   // keys between two rescalings of the online softmax, at fixed absolute positions
+constexpr int MAX_ROWS = 48;   // (token, query head) rows of one attention tile
+
+struct NormArgs {
+  const float* x;
+  float* residual;  // nullptr: plain norm of x
+  const float* weight;
+  float* out;
+  int64_t inner, width;  // row i is element [i / inner][i % inner] of each array
+  int64_t x_outer, x_inner, out_outer, out_inner, residual_outer;
+  float eps;
+};
+
+struct RopeArgs {
+  const float *qkv, *cos, *sin;
+  const int32_t *positions, *kv_slot;
+  float *k_slab, *v_slab, *q_out;
+  const float *q_norm, *k_norm;  // nullptr: no norm per head
+  int64_t qkv_stride, q_out_stride, slab_head_stride, n_q, n_kv, head_dim;
+  float eps;
+};
+
+struct SiluArgs {
+  const float* gate_up;
+  float* out;
+  int64_t width, gate_up_stride, out_stride;
+};
+
+struct AttentionArgs {
+  const float *q, *k_slab, *v_slab;
+  float* out;
+  int64_t q_stride, out_stride, slab_head_stride, head_dim;
+  float scale;
+};
+
+// Up to MAX_ROWS rows: `tokens` consecutive positions of one sequence times `heads` query heads of one KV head.
+struct AttentionTile {
+  const int32_t* table;
+  int32_t row, tokens, position, head, heads, kv_head;
+};
+
+constexpr int64_t attention_scratch_floats(int64_t head_dim) {
+  return MAX_ROWS * (2 * head_dim + KEY_TILE + 2);
+}
+
+struct Best {
+  float value;
+  int64_t index;
+};
+
+struct Kernels {
+  void (*norm)(const NormArgs&, int64_t row, int64_t end);
+  void (*rope)(const RopeArgs&, int64_t row, int64_t end);
+  void (*silu_mul)(const SiluArgs&, int64_t row, int64_t end);
+  // `scratch`: attention_scratch_floats, aligned to 64 bytes.
+  void (*attention)(const AttentionArgs&, const AttentionTile&, float* scratch);
+  float (*max)(const float* x, int64_t n);
+  // The best noisy score and its index, {-inf, 0} where nothing passes; see gumbel_argmax in reference.py.
+  Best (*gumbel)(const float* x, int64_t n, float inv_temperature, uint32_t key_lo, uint32_t key_hi, uint32_t first,
+                 float floor);
+  void (*noise)(const int64_t* index, int64_t n, uint32_t key_lo, uint32_t key_hi, float* out);
+  // Maximum, and the sum of exp(x - maximum) (0 where all are -inf).
+  void (*sum_exp)(const float* x, int64_t n, float* maximum, float* sum);
+  void (*top)(const float* x, int64_t n, int64_t k, float* values, int64_t* indices);
+};
+
+namespace generic {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+}  // namespace evener

@@ -1,0 +1,32 @@
+// From a kernel call to tasks for the pool. Throws std::invalid_argument for indices that would leave an array.
+#pragma once
+#include <string>
+
+#include "kernels.h"
+
+namespace evener {
+
+struct Batch {
+  const int32_t *cu, *start, *tables, *kv_of_head;
+  int64_t sequences, table_width, heads, kv_heads, blocks, rows;
+};
+
+// The instruction set in use: "generic", "avx2" or "avx512".
+const std::string& isa();
+// Chooses one, or with "" the best this processor runs; false if it cannot run it.
+bool choose_isa(const std::string& name);
+std::string supported_isas();
+
+void norm(const NormArgs& args, int64_t rows);
+void rope(const RopeArgs& args, int64_t rows, int64_t max_position, int64_t slots);
+void silu_mul(const SiluArgs& args, int64_t rows);
+void attention(const AttentionArgs& args, const Batch& batch);
+void argmax(const float* x, int64_t rows, int64_t width, int64_t stride, int64_t* index, float* value);
+void gumbel_argmax(const float* x, int64_t rows, int64_t width, int64_t stride, const float* inv_temperature,
+                   const uint64_t* key, uint32_t vocab_offset, const float* floor, int64_t* index, float* value);
+void gumbel_noise(const uint64_t* key, const int64_t* index, int64_t rows, int64_t width, float* out);
+void logsumexp(const float* x, int64_t rows, int64_t width, int64_t stride, float* out);
+void top_candidates(const float* x, int64_t rows, int64_t width, int64_t stride, int64_t k, float* values,
+                    int64_t* indices);
+
+}  // namespace evener

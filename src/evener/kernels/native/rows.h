@@ -1,0 +1,113 @@
+// Kernels that treat each row by itself: RMS norm, rotary embedding with the KV write, SwiGLU's product.
+#pragma once
+
+namespace {
+
+using namespace evener;
+
+EVENER_INLINE float square(float x) { return x * x; }
+
+// 1 / sqrt(mean(x^2) + eps); four partial sums keep the adders busy.
+EVENER_INLINE float inverse_rms(const float* x, int64_t n, float eps) {
+  vf s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    vf a = load(x + i), b = load(x + i + W), c = load(x + i + 2 * W), d = load(x + i + 3 * W);
+    s0 += a * a;
+    s1 += b * b;
+    s2 += c * c;
+    s3 += d * d;
+  }
+  for (; i + W <= n; i += W) {
+    vf a = load(x + i);
+    s0 += a * a;
+  }
+  float sum = hsum((s0 + s1) + (s2 + s3));
+  for (; i < n; ++i) sum += square(x[i]);
+  return 1.0f / __builtin_sqrtf(sum / float(n) + eps);
+}
+
+EVENER_INLINE void scale_by(const float* x, const float* weight, float r, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, load(x + i) * r * load(weight + i));
+  for (; i < n; ++i) out[i] = x[i] * r * weight[i];
+}
+
+void norm_rows(const NormArgs& a, int64_t row, int64_t end) {
+  for (; row < end; ++row) {
+    int64_t outer = row / a.inner, inner = row % a.inner;
+    const float* x = a.x + outer * a.x_outer + inner * a.x_inner;
+    if (a.residual) {
+      float* residual = a.residual + outer * a.residual_outer;
+      int64_t i = 0;
+      for (; i + W <= a.width; i += W) store(residual + i, load(residual + i) + load(x + i));
+      for (; i < a.width; ++i) residual[i] += x[i];
+      x = residual;
+    }
+    scale_by(x, a.weight, inverse_rms(x, a.width, a.eps), a.width, a.out + outer * a.out_outer + inner * a.out_inner);
+  }
+}
+
+// Rotates pairs (x[i], x[i + half]) by the angle of column i. `weight` (and the norm) may be absent; x may be out.
+EVENER_INLINE void rotate(const float* x, const float* weight, float eps, const float* cos, const float* sin,
+                          int64_t head_dim, float* out) {
+  int64_t half = head_dim / 2;
+  if (weight) {
+    scale_by(x, weight, inverse_rms(x, head_dim, eps), head_dim, out);
+    x = out;
+  }
+  int64_t i = 0;
+  for (; i + W <= half; i += W) {
+    vf a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+    store(out + i, a * c - b * s);
+    store(out + half + i, b * c + a * s);
+  }
+  for (; i < half; ++i) {
+    float a = x[i], b = x[half + i], c = cos[i], s = sin[i];
+    out[i] = a * c - b * s;
+    out[half + i] = b * c + a * s;
+  }
+}
+
+constexpr int64_t MAX_HEAD_DIM = 1024;  // launch.cpp refuses more
+
+void rope_rows(const RopeArgs& a, int64_t row, int64_t end) {
+  int64_t dim = a.head_dim;
+  float rotated[MAX_HEAD_DIM];
+  for (; row < end; ++row) {
+    const float* q = a.qkv + row * a.qkv_stride;
+    const float *k = q + a.n_q * dim, *v = k + a.n_kv * dim;
+    const float *cos = a.cos + a.positions[row] * (dim / 2), *sin = a.sin + a.positions[row] * (dim / 2);
+    for (int64_t h = 0; h < a.n_q; ++h)
+      rotate(q + h * dim, a.q_norm, a.eps, cos, sin, dim, a.q_out + row * a.q_out_stride + h * dim);
+    int64_t slot = a.kv_slot[row];
+    if (slot < 0) continue;
+    int64_t block = slot / BLOCK * BLOCK * dim, offset = slot % BLOCK;
+    for (int64_t h = 0; h < a.n_kv; ++h) {
+      rotate(k + h * dim, a.k_norm, a.eps, cos, sin, dim, rotated);
+      float* k_to = a.k_slab + h * a.slab_head_stride + block + offset;
+      for (int64_t d = 0; d < dim; ++d) k_to[d * BLOCK] = rotated[d];
+      __builtin_memcpy(a.v_slab + h * a.slab_head_stride + block + offset * dim, v + h * dim, dim * sizeof(float));
+    }
+  }
+}
+
+void silu_rows(const SiluArgs& a, int64_t row, int64_t end) {
+  for (; row < end; ++row) {
+    const float *gate = a.gate_up + row * a.gate_up_stride, *up = gate + a.width;
+    float* out = a.out + row * a.out_stride;
+    for (int64_t i = 0; i < a.width; i += W) {
+      int64_t n = a.width - i < W ? a.width - i : W;
+      vf g = n == W ? load(gate + i) : load_part(gate + i, n, 0.0f);
+      vf u = n == W ? load(up + i) : load_part(up + i, n, 0.0f);
+      vf x = -g;
+      vf y = g / (1.0f + exp_vec(x > 88.0f ? set1(88.0f) : x)) * u;
+      if (n == W)
+        store(out + i, y);
+      else
+        store_part(out + i, n, y);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,188 @@
+"""Every kernel in plain torch: the definition of what it computes, and what runs on devices without a native kernel.
+
+Works on any device; norms, softmax and sampling are computed in fp32 and rounded to the dtype of the output. The
+arguments and their shapes are those of the functions of the same name in `evener.kernels`.
+"""
+
+import torch
+
+BLOCK_TOKENS = 16
+"""Tokens in a KV block."""
+
+_MASK32 = 0xFFFFFFFF
+
+
+def rms_norm(x: torch.Tensor, weight_H: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """out = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, arXiv:1910.07467)."""
+    x32 = x.float()
+    scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    out.copy_(scaled * weight_H.float())
+
+
+def add_rms_norm(
+    residual_TH: torch.Tensor, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, out_TH: torch.Tensor
+) -> None:
+    """residual += x, in place; out = rms_norm(residual)."""
+    residual_TH.add_(x_TH)
+    rms_norm(residual_TH, weight_H, eps, out_TH)
+
+
+def _rotate(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding, half-split convention: element i of the first half pairs with element i of the second."""
+    a, b = x_THD.float().chunk(2, dim=-1)
+    cos, sin = cos_TD.float().unsqueeze(1), sin_TD.float().unsqueeze(1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def rope_write_kv(
+    qkv_TC: torch.Tensor,
+    cos_PD: torch.Tensor,
+    sin_PD: torch.Tensor,
+    positions_T: torch.Tensor,
+    kv_slot_T: torch.Tensor,
+    k_slab: torch.Tensor,
+    v_slab: torch.Tensor,
+    n_q: int,
+    n_kv: int,
+    q_out_TQD: torch.Tensor,
+    q_norm_D: torch.Tensor | None = None,
+    k_norm_D: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    """Split, norm per head (optional), rotate, and write Q to `q_out_TQD`, K and V to their slots."""
+    dim = q_out_TQD.shape[-1]
+    heads = qkv_TC.reshape(-1, n_q + 2 * n_kv, dim)
+    q, k, v = heads[:, :n_q], heads[:, n_q : n_q + n_kv], heads[:, n_q + n_kv :]
+    if q_norm_D is not None:
+        q, given = torch.empty_like(q), q
+        rms_norm(given, q_norm_D, eps, q)
+    if k_norm_D is not None:
+        k, given = torch.empty_like(k), k
+        rms_norm(given, k_norm_D, eps, k)
+    cos_TD, sin_TD = cos_PD[positions_T.long()], sin_PD[positions_T.long()]
+    q_out_TQD.copy_(_rotate(q, cos_TD, sin_TD))
+    kept = kv_slot_T >= 0
+    slot = kv_slot_T[kept].long()
+    block, offset = slot // BLOCK_TOKENS, slot % BLOCK_TOKENS
+    # Two index tensors around a slice: the indexed dimensions come first, so values are [tokens, n_kv, D].
+    k_slab[:, block, :, offset] = _rotate(k, cos_TD, sin_TD)[kept].to(k_slab.dtype)
+    v_slab.permute(1, 2, 0, 3)[block, offset] = v[kept].to(v_slab.dtype)
+
+
+def silu_mul(gate_up_T2F: torch.Tensor, out_TF: torch.Tensor) -> None:
+    """out = gate * sigmoid(gate) * up (SwiGLU, Shazeer, arXiv:2002.05202)."""
+    gate, up = gate_up_T2F.chunk(2, dim=-1)
+    out_TF.copy_(torch.nn.functional.silu(gate.float()) * up.float())
+
+
+def paged_attention(
+    q_TQD: torch.Tensor,
+    k_slab: torch.Tensor,
+    v_slab: torch.Tensor,
+    cu_R: torch.Tensor,
+    start_R: torch.Tensor,
+    tables_RM: torch.Tensor,
+    kv_of_head: torch.Tensor,
+    scale: float,
+    out_TQD: torch.Tensor,
+) -> None:
+    """Softmax attention of every row over its sequence's keys 0..position; rows beyond cu_R[-1] are left alone."""
+    heads = kv_of_head.long()
+    cu, starts = cu_R.tolist(), start_R.tolist()
+    for r, start in enumerate(starts):
+        rows = slice(cu[r], cu[r + 1])
+        count = cu[r + 1] - cu[r]
+        if count == 0:
+            continue
+        keys = start + count
+        blocks = tables_RM[r, : -(-keys // BLOCK_TOKENS)].long()
+        k_HKD = k_slab[:, blocks].permute(0, 1, 3, 2).flatten(1, 2)[:, :keys]
+        v_HKD = v_slab[:, blocks].flatten(1, 2)[:, :keys]
+        q_HTD = q_TQD[rows].transpose(0, 1).float()
+        scores_HTK = q_HTD @ k_HKD[heads].float().mT * scale
+        position_T1 = start + torch.arange(count, device=q_TQD.device).unsqueeze(1)
+        hidden_TK = torch.arange(keys, device=q_TQD.device) > position_T1
+        weights_HTK = scores_HTK.masked_fill(hidden_TK, -torch.inf).softmax(-1)
+        out_TQD[rows] = (weights_HTK @ v_HKD[heads].float()).transpose(0, 1).to(out_TQD.dtype)
+
+
+def _shift(x: torch.Tensor, n: int) -> torch.Tensor:
+    """Logical shift right of 64-bit words held as int64."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _mix64(x: torch.Tensor) -> torch.Tensor:
+    """One step of SplitMix64 (Steele, Lea and Flood 2014) on int64 words."""
+    x = x + (0x9E3779B97F4A7C15 - 2**64)
+    x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ _shift(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ _shift(x, 31)
+
+
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of 32-bit words, held as int64 (C. Wellons, hash-prospector, "lowbias32")."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)
+
+
+def random_bits(key_S: torch.Tensor, index_SC: torch.Tensor) -> torch.Tensor:
+    """32 random bits per (key, index), as int64 [S, C]: the counter-based generator behind the Gumbel noise.
+
+    With lo and hi the halves of SplitMix64(key), the bits are mix32(mix32(index ^ lo) + hi), modulo 2**32.
+    `key_S` is int64 or uint64 (the same 64 bits), `index_SC` int64 in [0, 2**32).
+    """
+    mixed = _mix64(key_S.view(torch.int64)).unsqueeze(1)
+    low, high = mixed & _MASK32, _shift(mixed, 32)
+    return _mix32((_mix32((index_SC & _MASK32) ^ low) + high) & _MASK32)
+
+
+def uniform(key_S: torch.Tensor, index_SC: torch.Tensor) -> torch.Tensor:
+    """w in (0, 1), fp32 [S, C]: (bits // 2 + 1/2) / 2**31, rounded to fp32 and kept below 1.
+
+    The native kernels have the same bits of w, on every instruction set.
+    """
+    half = (random_bits(key_S, index_SC) >> 1).to(torch.float32)
+    return ((half + 0.5) * 2.0**-31).clamp_max(1 - 2.0**-24)
+
+
+def gumbel_noise(key_S: torch.Tensor, index_SC: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise -log(-log(u)), fp32 [S, C], with u = 1 - w: fp32 resolves w best where the noise is large.
+
+    A pure function of (key, index), so a choice depends neither on the batch nor on how the vocabulary is split.
+    """
+    return -torch.log(-torch.log1p(-uniform(key_S, index_SC)))
+
+
+def gumbel_argmax(
+    logits_SV: torch.Tensor,
+    inv_temperature_S: torch.Tensor,
+    key_S: torch.Tensor,
+    vocab_offset: int,
+    floor_S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Argmax of logits / temperature + noise among logits >= floor: an exact sample of that softmax (Gumbel 1954)."""
+    index_V = torch.arange(logits_SV.shape[1], device=logits_SV.device) + vocab_offset
+    noise_SV = gumbel_noise(key_S, index_V.unsqueeze(0))
+    score_SV = logits_SV.float() * inv_temperature_S.unsqueeze(1) + noise_SV
+    return argmax_rows(score_SV.masked_fill(logits_SV < floor_S.unsqueeze(1), -torch.inf))
+
+
+def argmax_rows(logits_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest value of each row and its lowest index."""
+    value_S = logits_SV.float().amax(1)
+    index_S = (logits_SV.float() == value_S.unsqueeze(1)).to(torch.int8).argmax(1)
+    return index_S, value_S
+
+
+def logsumexp_rows(logits_SV: torch.Tensor) -> torch.Tensor:
+    """log(sum(exp(logits))) of each row."""
+    return torch.logsumexp(logits_SV.float(), dim=1)
+
+
+def top_candidates(logits_SV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row in descending order; of equals the lowest index first."""
+    value_SV, index_SV = logits_SV.float().sort(dim=1, descending=True, stable=True)
+    return value_SV[:, :k].contiguous(), index_SV[:, :k].contiguous()

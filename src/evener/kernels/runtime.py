@@ -1,0 +1,39 @@
+"""Which instruction set the native kernels use, and how many threads."""
+
+import os
+
+from evener.errors import InvalidInput
+from evener.kernels import _native
+
+
+def isa() -> str:
+    """The instruction set in use: `generic`, `avx2` or `avx512`; the processor's best unless EVENER_ISA says."""
+    return _native.isa()
+
+
+def set_isa(name: str) -> None:
+    """Use `name` (`generic`, `avx2`, `avx512`; empty: the best there is) from now on. Raises InvalidInput."""
+    if not _native.choose_isa(name):
+        raise InvalidInput(
+            f"EVENER_ISA={name!r} cannot run on this processor; it supports {_native.supported_isas()} "
+            "(leave the variable unset to get the best)"
+        )
+
+
+def threads() -> int:
+    """Threads the native kernels run on, the caller included."""
+    return _native.threads()
+
+
+def set_threads(n: int) -> None:
+    """Run kernels on `n` threads (1..256), the caller included; 1, the default, has no overhead.
+
+    Helpers inherit the caller's CPU affinity, spin for 20 us after a kernel and then sleep. Results do not depend on
+    `n`. Not to be called while a kernel runs, nor before a fork that runs kernels. Raises InvalidInput.
+    """
+    if not 1 <= n <= 256:
+        raise InvalidInput(f"{n} kernel threads asked for, 1..256 are possible; use the number of the worker's cores")
+    _native.set_threads(n)
+
+
+set_isa(os.environ.get("EVENER_ISA", ""))
