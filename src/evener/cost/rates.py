@@ -28,6 +28,12 @@ def _positive(what: str, value: float) -> None:
         raise ValueError(f"{what} is {value}; it must be a positive number")
 
 
+def _rising(cost: Floats) -> Floats:
+    """Never-falling costs: noise only adds, so what a larger size took bounds the smaller ones from above."""
+    out: Floats = np.minimum.accumulate(cost[::-1])[::-1]
+    return out
+
+
 class GemmRates(Struct, frozen=True):
     """Rate of `x [rows, k] @ W [k, n]` by rows, with weights that come from memory, not from the cache."""
 
@@ -64,7 +70,7 @@ class Rates(Struct, frozen=True):
         """Nanoseconds per weight (element of W) of a GEMM over `rows` rows; 0 for no rows.
 
         Between measured rows the time is interpolated, past the last one it grows at the last rate; it is never
-        below reading the weight once, and never falls as rows grow. Raises InvalidInput for an unmeasured dtype.
+        below reading the weight once, and never falls as rows grow (see `_rising`). Raises InvalidInput for an unmeasured dtype.
         """
         for table in self.gemm:
             if table.dtype == dtype:
@@ -75,7 +81,7 @@ class Rates(Struct, frozen=True):
         r = np.asarray(rows, dtype=np.float64)
         at = np.array([p[0] for p in table.points], dtype=np.float64)
         floor = DTYPE_BYTES[dtype] / self.read_bandwidth
-        cost = np.maximum.accumulate(np.maximum(2 * at / np.array([p[1] for p in table.points]), floor))
+        cost = _rising(np.maximum(2 * at / np.array([p[1] for p in table.points]), floor))
         past = np.maximum(r / at[-1], 1.0)
         out: Floats = np.where(r > 0, np.interp(r, at, cost) * past, 0.0) * 1e9
         return out
@@ -124,7 +130,7 @@ class Collective(Struct, frozen=True):
     def ns(self, nbytes: Floats) -> Floats:
         """Nanoseconds for messages of `nbytes`; past the last size at the last slope. Never falls."""
         at = np.array([p[0] for p in self.points], dtype=np.float64)
-        cost = np.maximum.accumulate(np.array([p[1] for p in self.points], dtype=np.float64))
+        cost = _rising(np.array([p[1] for p in self.points], dtype=np.float64))
         slope = (cost[-1] - cost[-2]) / (at[-1] - at[-2]) if len(at) > 1 else cost[-1] / max(at[-1], 1.0)
         out: Floats = np.interp(nbytes, at, cost) + np.maximum(nbytes - at[-1], 0.0) * slope
         return out
@@ -141,6 +147,8 @@ class Profile(Struct, frozen=True):
     """Assumed control time per batch that no device can hide, until live spans replace it."""
     missing: tuple[str, ...] = ()
     """What could not be measured and is assumed instead, with the reason."""
+    notes: tuple[str, ...] = ()
+    """What makes the figures less sure."""
     key: str = ""
     """Host, processor and versions that the figures hold for."""
     measured_at: str = ""

@@ -23,6 +23,8 @@ from evener.spec.plan import Interval, Plan, Replica, Shard, Stage, head_unit, i
 from evener.spec.traffic import TrafficMix
 from evener.units import human_bytes
 
+NOISE = 0.10
+"""Devices whose measured times differ by less count as equal: no split should follow from noise alone."""
 FFN_UNIT = 16
 """FFN columns and vocabulary rows are cut on multiples of this: whole vectors, whole cache lines."""
 
@@ -132,6 +134,22 @@ def _take(model: ModelSpec, devices: Sequence[Device], tp: int, pp: int, dp: int
     return list(devices[:need])
 
 
+def _level(times: Sequence[float], costs: Sequence[DeviceCosts]) -> list[float]:
+    """Times with those of nearly equal devices set equal; what is declared (slow-down, sharing) counts in full."""
+    measured = [t / c.stretch for t, c in zip(times, costs, strict=True)]
+    out = list(measured)
+    group: list[int] = []
+    for k in [*sorted(range(len(measured)), key=lambda k: measured[k]), None]:
+        if group and (k is None or measured[k] > (1 + NOISE) * measured[group[0]]):
+            mean = sum(measured[g] for g in group) / len(group)
+            for g in group:
+                out[g] = mean
+            group = []
+        if k is not None:
+            group.append(k)
+    return [t * c.stretch for t, c in zip(out, costs, strict=True)]
+
+
 def _shards(
     model: ModelSpec, names: list[str], costs: list[DeviceCosts], shape: BatchShape, *, first: bool, last: bool
 ) -> tuple[Shard, ...]:
@@ -144,13 +162,13 @@ def _shards(
         + shape.decode_context * c.key_ns(model.heads, model.kv_heads)
         for c in costs
     ]
-    heads = split_by_time(model.heads, head_ns, head_unit(model))
+    heads = split_by_time(model.heads, _level(head_ns, costs), head_unit(model))
     wide = math.lcm(FFN_UNIT, model.quant_group)
     ffn_ns = [float(c.ffn_rows(rows, model.ffn)[0]) for c in costs]
-    ffn = split_by_time(model.ffn, ffn_ns, wide if model.ffn >= wide * tp else model.quant_group)
+    ffn = split_by_time(model.ffn, _level(ffn_ns, costs), wide if model.ffn >= wide * tp else model.quant_group)
     # One split of the vocabulary for both ends, so that a tied matrix is held once.
     vocab_ns = [float(c.head_rows(sampled, model.vocab)[0]) for c in costs]
-    vocab = split_by_time(model.vocab, vocab_ns, FFN_UNIT if model.vocab >= FFN_UNIT * tp else 1)
+    vocab = split_by_time(model.vocab, _level(vocab_ns, costs), FFN_UNIT if model.vocab >= FFN_UNIT * tp else 1)
     none: Interval = (0, 0)
     return tuple(
         Shard(names[k], heads[k], ffn[k], vocab[k] if first else none, vocab[k] if last else none) for k in range(tp)

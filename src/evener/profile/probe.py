@@ -1,0 +1,245 @@
+"""The process that measures one device: `python -m evener.profile.probe`, pinned before torch is loaded.
+
+It reads a `Setup` and then one `Ask` per line on its standard input, and answers each with one line on its standard
+output; it ends with its input. Whatever libraries print goes to standard error.
+"""
+
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from evener.profile.items import (
+    AllReduce,
+    Answer,
+    Ask,
+    DecodeAttention,
+    Gemm,
+    Item,
+    OpOverhead,
+    PrefillAttention,
+    ReadBandwidth,
+    Setup,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from evener.execute.live.transport.base import Group
+
+CPU_LAYER, CUDA_LAYER = (576, 1536), (4096, 11008)
+"""(hidden, ffn) of the layers that are measured; those of SmolLM2-135M and of Llama-2-7B."""
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
+MAX_POOL = 512 << 20
+
+
+class Unavailable(Exception):
+    """This figure cannot be had here; the message says why."""
+
+
+class Probe:
+    """Measures on one device, with tensors that live between questions."""
+
+    def __init__(self, setup: Setup) -> None:
+        import torch
+
+        self.torch, self.setup = torch, setup
+        self.cuda = setup.kind == "cuda"
+        self.device = torch.device("cuda", setup.index) if self.cuda else torch.device("cpu")
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+        else:
+            torch.set_num_threads(len(setup.cores))
+        self.pool_bytes = min(MAX_POOL, max(64 << 20, 3 * setup.cache_bytes))
+        self._weights: tuple[str, list[list[torch.Tensor]]] = ("", [])
+        self._at = 0
+        self._slowest: dict[str, float] = {}
+        self.wall_s = self.lost_s = 0.0
+        """Time measured, and how much of it other processes had the core."""
+        self._groups: dict[int, Group] = {}
+
+    def answer(self, item: Item, budget_s: float) -> float:
+        """The figure asked for. Raises Unavailable."""
+        with self.torch.inference_mode():
+            match item:
+                case Gemm():
+                    return self._gemm(item.dtype, item.rows, budget_s)
+                case ReadBandwidth():
+                    return self._bandwidth(budget_s)
+                case PrefillAttention():
+                    return self._attention(1, 512, 512, budget_s, per_second_of="flop")
+                case DecodeAttention():
+                    return self._attention(64, 1, 1024, budget_s, per_second_of="bytes")
+                case OpOverhead():
+                    return self._op_overhead(budget_s)
+                case AllReduce():
+                    return self._all_reduce(item, budget_s)
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        """Wall time of a call, without the time that its thread waited for its core while others had it."""
+        if self.cuda:
+            self.torch.cuda.synchronize()
+        waited, start = _run_queue_ns(), time.perf_counter()
+        call()
+        if self.cuda:
+            self.torch.cuda.synchronize()
+        wall = time.perf_counter() - start
+        lost = min(0.95 * wall, (_run_queue_ns() - waited) * 1e-9)
+        self.wall_s += wall
+        self.lost_s += lost
+        return wall - lost
+
+    def _median(self, call: Callable[[], object], budget_s: float, at_least: int = 3) -> float:
+        """Median seconds of a call, first one left out, over about `budget_s`."""
+        call()
+        took: list[float] = []
+        until = time.perf_counter() + budget_s
+        while len(took) < at_least or time.perf_counter() < until:
+            took.append(self._seconds(call))
+        return statistics.median(took)
+
+    # ---- GEMM ------------------------------------------------------------------------------------------------
+
+    def _pool(self, dtype: str) -> list[list["torch.Tensor"]]:
+        """Weights of as many layers as exceed the cache: qkv, o, gate and up, down; kept for the next question."""
+        torch = self.torch
+        if self._weights[0] != dtype:
+            self._weights = ("", [])
+            hidden, ffn = CUDA_LAYER if self.cuda else CPU_LAYER
+            shapes = [(hidden * 5 // 3, hidden), (hidden, hidden), (2 * ffn, hidden), (hidden, ffn)]
+            kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}[dtype]
+            one = [torch.ones(shape, dtype=kind, device=self.device) for shape in shapes]
+            layers = -(-self.pool_bytes // sum(w.nbytes for w in one))
+            self._weights = (dtype, [one, *([w.clone() for w in one] for _ in range(layers - 1))])
+        return self._weights[1]
+
+    def _gemm(self, dtype: str, rows: int, budget_s: float) -> float:
+        torch = self.torch
+        pool = self._pool(dtype)
+        inputs = [torch.ones((rows, w.shape[1]), dtype=w.dtype, device=self.device) for w in pool[0]]
+        if dtype == "int8":
+            if not hasattr(torch, "_int_mm"):
+                raise Unavailable("this torch has no int8 GEMM")
+            call: Callable[[Any, Any], Any] = lambda x, w: torch._int_mm(x, w.t())  # noqa: E731
+        else:
+            call = torch.nn.functional.linear
+        # Where a whole layer would take far too long, its smallest matrix stands for it.
+        layer_s = 2 * rows * sum(w.numel() for w in pool[0]) / self._slowest.get(dtype, math.inf)
+        parts = [1] if layer_s > 8 * budget_s else [0, 1, 2, 3]
+        took: dict[int, list[float]] = {k: [] for k in parts}
+        try:
+            call(inputs[1], pool[0][1])
+            until = time.perf_counter() + budget_s
+            while not took[1] or time.perf_counter() < until:
+                layer = pool[self._at % len(pool)]
+                self._at += 1
+                for k in parts:
+                    took[k].append(self._seconds(partial(call, inputs[k], layer[k])))
+        except (RuntimeError, NotImplementedError) as error:
+            raise Unavailable(f"{dtype} GEMM of {rows} rows: {str(error).splitlines()[0]}") from error
+        flop = 2 * rows * sum(pool[0][k].numel() for k in parts)
+        rate = flop / sum(statistics.median(times) for times in took.values())
+        self._slowest[dtype] = min(rate, self._slowest.get(dtype, math.inf)) if rows > 1 else rate
+        return rate
+
+    # ---- memory, attention, host -----------------------------------------------------------------------------
+
+    def _bandwidth(self, budget_s: float) -> float:
+        self._weights = ("", [])
+        data = self.torch.ones(self.pool_bytes // 4, dtype=self.torch.float32, device=self.device)
+        return data.nbytes / self._median(lambda: data.sum(), budget_s)
+
+    def _attention(self, sequences: int, count: int, keys: int, budget_s: float, per_second_of: str) -> float:
+        """`sequences` chunks of `count` queries at the end of `keys` keys, over a paged KV cache."""
+        torch = self.torch
+        try:
+            from evener.kernels import paged_attention
+        except ImportError as error:
+            raise Unavailable(f"attention: evener.kernels has no paged_attention ({error})") from error
+        self._weights = ("", [])
+        per = -(-keys // BLOCK)
+        blocks = sequences * per
+        k = torch.full((KV_HEADS, blocks, HEAD_DIM, BLOCK), 0.01, device=self.device)
+        v = torch.full((KV_HEADS, blocks, BLOCK, HEAD_DIM), 0.01, device=self.device)
+        q = torch.full((sequences * count, HEADS, HEAD_DIM), 0.01, device=self.device)
+        out = torch.empty_like(q)
+        ints = {"dtype": torch.int32, "device": self.device}
+        cu = torch.arange(0, sequences + 1, **ints) * count
+        start = torch.full((sequences,), keys - count, **ints)
+        tables = torch.arange(blocks, **ints).reshape(sequences, per)
+        group = torch.arange(HEADS, **ints) // (HEADS // KV_HEADS)
+        call = partial(paged_attention, q, k, v, cu, start, tables, group.int(), HEAD_DIM**-0.5, out)
+        took = self._median(call, budget_s)
+        if per_second_of == "bytes":
+            return float((k.nbytes + v.nbytes) / took)
+        pairs = count * (keys - count) + count * (count + 1) // 2
+        return sequences * pairs * HEADS * 4 * HEAD_DIM / took
+
+    def _op_overhead(self, budget_s: float) -> float:
+        torch = self.torch
+        a, b = torch.ones(16, device=self.device), torch.ones(16, device=self.device)
+
+        def thousand() -> None:
+            for _ in range(1000):
+                torch.add(a, b, out=b)
+
+        return self._median(thousand, budget_s) / 1000 * 1e9
+
+    # ---- collectives -----------------------------------------------------------------------------------------
+
+    def _all_reduce(self, item: AllReduce, budget_s: float) -> float:
+        from evener.profile.collectives import join
+
+        if self.setup.segment_fd is None:
+            raise Unavailable("collectives: no segment was given")
+        if item.group not in self._groups:
+            joined = join(self.setup.segment_fd, self.setup.group_sizes, self.setup.rank)
+            self._groups.update(joined)
+        group = self._groups[item.group]
+        data = self.torch.zeros(max(1, item.nbytes // 4))
+        # A rank put off its core holds up all others, so the lower quartile is the undisturbed time.
+        # Ranks must do equally many, so the number follows from the question, not from this rank's clock.
+        rounds = max(20, min(500, round(budget_s / (20e-6 + item.nbytes * 1e-9))))
+        stamps = [group.all_reduce(data) for _ in range(rounds + 3)][3:]
+        return float(statistics.quantiles((s.ended - s.entered for s in stamps), n=4)[0])
+
+
+def _run_queue_ns() -> int:
+    """Nanoseconds this thread has been runnable without running; 0 where the kernel does not count them."""
+    try:
+        with open("/proc/thread-self/schedstat") as f:  # noqa: PTH123 - called per sample, and Path is slower
+            return int(f.read().split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
+def main() -> None:
+    """Serve questions until the input ends."""
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    lines = sys.stdin.buffer
+    setup = msgspec.json.decode(lines.readline(), type=Setup)
+    if setup.cores:
+        os.sched_setaffinity(0, setup.cores)
+    probe = Probe(setup)
+    answers.write(msgspec.json.encode(Answer(value=1.0)) + b"\n")
+    decoder = msgspec.json.Decoder(Ask)
+    for line in lines:
+        ask = decoder.decode(line)
+        probe.wall_s = probe.lost_s = 0.0
+        try:
+            value = probe.answer(ask.item, ask.budget_s)
+            reply = Answer(value=value, contended=probe.lost_s / probe.wall_s if probe.wall_s else 0.0)
+        except Unavailable as error:
+            reply = Answer(reason=str(error))
+        answers.write(msgspec.json.encode(reply) + b"\n")
+
+
+if __name__ == "__main__":
+    main()
