@@ -8,45 +8,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
 import typer
-from msgspec import Struct
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from evener.errors import InvalidInput
-from evener.workload import arrivals, drive
+from evener.workload import drive
 from evener.workload.client import CompletionsClient, ask_served, open_session
 from evener.workload.drive import OnDone, Record, Send
-from evener.workload.lengths import InOrder, Lengths, parse_lengths
 from evener.workload.offline import EngineClient, open_offline_engine
 from evener.workload.report import Report, Summary, make_report
-from evener.workload.requests import Prompts, Text, TimedRequest, build_requests, parse_token_ids, token_ids_of
 from evener.workload.slo import parse_slo
-from evener.workload.trace import Trace, read_trace
-
-DEFAULT_INPUT = "lognormal:180:0.8:16:1000"
-DEFAULT_OUTPUT = "lognormal:100:0.7:8:400"
-
-
-class Traffic(Struct, frozen=True):
-    """The options that say what is sent and when."""
-
-    requests: int | None
-    concurrency: int | None
-    rate: float | None
-    burstiness: float
-    trace: Path | None
-    rate_scale: float
-    context: int | None
-    input_tokens: str | None
-    output_tokens: str | None
-    prompts: str
-    token_ids: str
-    tokenizer: Path | None
-    seed: int
+from evener.workload.traffic import Traffic, check_fits, make_requests
 
 
 def bench(
@@ -97,8 +72,9 @@ def bench(
     """Load an OpenAI-compatible server, or an engine in this process, and report latency, throughput and goodput."""
     bounds = parse_slo(slo) if slo is not None else None
     traffic = Traffic(
-        requests, concurrency, rate, burstiness, trace, rate_scale, context, input_tokens, output_tokens, prompts,
-        token_ids, tokenizer, seed,
+        requests=requests, concurrency=concurrency, rate=rate, burstiness=burstiness, trace=trace,
+        rate_scale=rate_scale, context=context, input_tokens=input_tokens, output_tokens=output_tokens,
+        prompts=prompts, token_ids=token_ids, tokenizer=tokenizer, seed=seed,
     )  # fmt: skip
     todo = make_requests(traffic)
     if offline and prompts != "ids":
@@ -153,68 +129,6 @@ def bench(
         print_report(report)
     if interrupted or not report.completed:
         raise typer.Exit(130 if interrupted else 1)
-
-
-def make_requests(t: Traffic) -> list[TimedRequest]:
-    """The request list that the options ask for (InvalidInput, InvalidTrace)."""
-    if t.rate is not None and t.concurrency is not None:
-        raise InvalidInput("--rate (open loop) and --concurrency (closed loop) exclude each other; give one")
-    if t.burstiness != 1 and t.rate is None:
-        raise InvalidInput("--burstiness shapes the arrivals of --rate; give --rate too")
-    inputs: Lengths
-    outputs: Lengths
-    if t.trace is not None:
-        if t.input_tokens or t.output_tokens:
-            raise InvalidInput("--trace brings its own lengths; leave out --input-tokens and --output-tokens")
-        replayed = t.rate is None and t.concurrency is None
-        if t.rate_scale != 1 and not replayed:
-            raise InvalidInput("--rate-scale stretches the arrivals of --trace, which --rate and --concurrency replace")
-        trace = _trace(t, t.trace, replayed)
-        inputs = InOrder(tuple(r.input_tokens for r in trace.rows))
-        outputs = InOrder(tuple(r.output_tokens for r in trace.rows))
-        n = len(trace.rows)
-        times = np.array([r.arrival_s for r in trace.rows])
-    else:
-        if t.rate_scale != 1 or t.context is not None:
-            raise InvalidInput("--rate-scale and --context scale a trace; give --trace, or leave them out")
-        inputs = parse_lengths(t.input_tokens or DEFAULT_INPUT, "--input-tokens")
-        outputs = parse_lengths(t.output_tokens or DEFAULT_OUTPUT, "--output-tokens")
-        n = t.requests or 64
-        times = arrivals.at_once(n)
-    if t.rate is not None:
-        # a stream of its own: changing the rate must not change the requests
-        times = arrivals.gamma(n, t.rate, t.burstiness, np.random.default_rng(t.seed + 1000))
-    return build_requests(times, inputs, outputs, _prompts(t), t.seed)
-
-
-def _trace(t: Traffic, path: Path, replayed: bool) -> Trace:
-    trace = read_trace(path, arrivals=replayed)
-    if t.requests is not None:
-        if t.requests > len(trace.rows):
-            raise InvalidInput(f"--requests {t.requests}: the trace {path} has {len(trace.rows)}; lower it")
-        trace = trace.first(t.requests)
-    if t.context is not None:
-        trace = trace.within(t.context)
-    return trace.at_rate(t.rate_scale)
-
-
-def _prompts(t: Traffic) -> Prompts:
-    if t.prompts == "text":
-        return Text()
-    if t.prompts != "ids":
-        raise InvalidInput(f"--prompts {t.prompts!r} is neither ids nor text")
-    return token_ids_of(t.tokenizer) if t.tokenizer is not None else parse_token_ids(t.token_ids)
-
-
-def check_fits(requests: list[TimedRequest], limit: int | None) -> None:
-    """Refuse, before anything is sent, a workload that the model's context cannot hold (InvalidInput)."""
-    longest = max(requests, key=lambda r: r.input_tokens + r.output_tokens)
-    need = longest.input_tokens + longest.output_tokens
-    if limit is not None and need > limit:
-        raise InvalidInput(
-            f"request {longest.index} takes {longest.input_tokens} + {longest.output_tokens} = {need} tokens, the "
-            f"model's context is {limit}; shorten the lengths, or scale a trace with --context {limit}"
-        )
 
 
 @contextmanager
