@@ -9,7 +9,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_f
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     # 9 query heads over 3 KV heads, head_dim other than hidden / heads, tied: SmolLM2's shape
-    "smol": {"model_type": "llama", "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8,
+    "smol": {"model_type": "llama", "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 16,
              "tie_word_embeddings": True},
     # biases on every projection, llama3 rope scaling, untied, no grouped queries
     "llama3": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 10,
@@ -17,6 +17,6 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
               "tie_word_embeddings": False},
-    "qwen3-bias": {"model_type": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 6,
+    "qwen3-bias": {"model_type": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 32,
                    "attention_bias": True, "tie_word_embeddings": True},
 }  # fmt: skip

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import CHECKPOINTS, COMMON
-from deployment import use_reference_kernels
 from transformers import AutoConfig, AutoModelForCausalLM
 
 torch.set_num_threads(1)
-use_reference_kernels()
 
 Checkpoint = tuple[Path, Any]
 

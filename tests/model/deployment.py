@@ -5,9 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from evener import kernels
 from evener.model.decoder import StageModel
 from evener.model.inputs import Rows
 from evener.model.source import ModelSource
@@ -151,55 +149,3 @@ def stages(
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Largest difference over the largest magnitude."""
     return float((got - want).abs().max() / want.abs().max())
-
-
-def use_reference_kernels() -> None:
-    """Until the native kernels are there: plain torch ones."""
-    if hasattr(kernels, "rms_norm"):
-        return
-
-    def norm(x, w, eps):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w
-
-    def rms_norm(x, w, eps, out):
-        out.copy_(norm(x, w, eps))
-
-    def add_rms_norm(residual, x, w, eps, out):
-        residual += x
-        out.copy_(norm(residual, w, eps))
-
-    def rope_write_kv(
-        qkv, cos, sin, pos, slot, k_slab, v_slab, n_q, n_kv, q_out, q_norm_D=None, k_norm_D=None, eps=0.0
-    ):
-        d = k_slab.shape[2]
-        q, k, v = qkv.view(qkv.shape[0], -1, d).split([n_q, n_kv, n_kv], 1)
-        q = norm(q, q_norm_D, eps) if q_norm_D is not None else q
-        k = norm(k, k_norm_D, eps) if k_norm_D is not None else k
-        c, s = cos[pos.long()][:, None], sin[pos.long()][:, None]
-
-        def rotate(x):
-            a, b = x.chunk(2, -1)
-            return torch.cat([a * c - b * s, b * c + a * s], -1)
-
-        q_out.copy_(rotate(q))
-        block, offset = slot.long() // 16, slot.long() % 16
-        k_slab[:, block, :, offset] = rotate(k)
-        v_slab[:, block, offset] = v.transpose(0, 1)
-
-    def paged_attention(q, k_slab, v_slab, cu, start, tables, kv_of_head, scale, out):
-        for r in range(len(start)):
-            a, b = int(cu[r]), int(cu[r + 1])
-            total = int(start[r]) + b - a
-            blocks = tables[r, : -(-total // 16)].long()
-            k = k_slab[:, blocks].transpose(2, 3).flatten(1, 2)[kv_of_head.long(), :total]
-            v = v_slab[:, blocks].flatten(1, 2)[kv_of_head.long(), :total]
-            mask = torch.ones(b - a, total, dtype=torch.bool).tril(total - (b - a))
-            o = F.scaled_dot_product_attention(q[a:b].transpose(0, 1), k, v, attn_mask=mask, scale=scale)
-            out[a:b] = o.transpose(0, 1)
-
-    def silu_mul(gate_up, out):
-        g, u = gate_up.chunk(2, -1)
-        out.copy_(F.silu(g) * u)
-
-    for f in (rms_norm, add_rms_norm, rope_write_kv, paged_attention, silu_mul):
-        setattr(kernels, f.__name__, f)

@@ -81,7 +81,10 @@ def _byte_level_bpe(metadata: dict[str, Any], where: str, max_length: int) -> An
             f"{where}: the file has no tokenizer.ggml.tokens and merges; use a file with a tokenizer"
         )
     vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges))
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges))
+    except Exception as error:  # tokenizers raises no narrower class
+        raise UnsupportedModel(f"{where}: vocabulary and merges do not fit together ({error})") from error
     if rule.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

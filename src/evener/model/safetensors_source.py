@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from evener.errors import InvalidInput, UnsupportedModel
 from evener.model.families import Config, base, family_of
-from evener.model.source import ModelSource, check_interval, check_tensors
+from evener.model.source import ModelSource, check_interval, check_tensors, first_line
 from evener.spec.plan import Interval
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class SafetensorsSource(ModelSource):
             return AutoTokenizer.from_pretrained(self.path, use_fast=True)
         except Exception as error:  # the tokenizer classes raise anything, down to bare Exception
             raise UnsupportedModel(
-                f"{self.path}: no tokenizer can be loaded ({error}); put the model's tokenizer.json there"
+                f"{self.path}: no tokenizer can be loaded ({first_line(error)}); put the model's tokenizer.json there"
             ) from error
 
     def _config_eos(self) -> set[int]:

@@ -172,8 +172,13 @@ def fetch(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except Exception as error:  # the hub client raises from many trees: HTTP, OS, its own
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise InvalidInput(
-            f"model {hub_id!r} is no path here, and it cannot be had from the hub ({type(error).__name__}: {reason}); "
+            f"model {hub_id!r} is no path here, and it cannot be had from the hub ({reason}); "
             "check the spelling and the network, or pass a local directory or .gguf file"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a foreign error's message, which may run to pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
