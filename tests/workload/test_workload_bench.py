@@ -1,8 +1,9 @@
 """`evener bench` as a user runs it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from scripted_server import Script, free_port, serving
 from typer.testing import CliRunner
 
 from evener.cli.bench import bench
+from evener.engine.events import Answer
+from evener.engine.request import Request
 from evener.errors import EvenerError
 
 app = typer.Typer()
@@ -127,6 +130,9 @@ def test_exit_code_when_nothing_completes(url: str, script: Script) -> None:
         (("--slo", "ttft=5"), "ttft=200ms"),
         (("--offline", "--prompts", "text"), "leave --prompts at ids"),
         (("--offline", "--no-ignore-eos"), "--no-ignore-eos"),
+        (("--devices", "cpu:0"), "need --offline"),
+        (("--offline", "here", "--model", "there"), "differ"),
+        (("--offline", "--policy", "magic"), "magic"),
         (("--input-tokens", "4096", "--output-tokens", "1"), "4096 + 1 = 4097 tokens, the model's context is 4096"),
         (("--model", "huge"), "it serves: tiny"),
     ],
@@ -141,3 +147,50 @@ def test_bad_options_say_what_and_why(url: str, script: Script, args: tuple[str,
 def test_no_server() -> None:
     with pytest.raises(EvenerError, match="start one or give --url"):
         run("--url", f"http://127.0.0.1:{free_port()}")
+
+
+class FakeEngine:
+    """Answers every request at once."""
+
+    model = SimpleNamespace(vocab=500)
+    max_model_len = 64
+    closed = 0
+
+    async def submit(self, request: Request) -> AsyncIterator[Answer]:
+        yield Answer(request.request_id, [1] * request.max_tokens, request.max_tokens, finish="length")
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    fake = FakeEngine()
+
+    async def start_engine(**options: Any) -> FakeEngine:
+        assert (options["model"], options["tensor_parallel_size"]) == ("tiny.gguf", 2)
+        return fake
+
+    monkeypatch.setattr("evener.api.start_engine", start_engine)
+    return fake
+
+
+OFFLINE = ("--offline", "tiny.gguf", "-tp", "2", *SMALL, "--requests", "3")
+
+
+def test_offline(engine: FakeEngine) -> None:
+    got = figures(*OFFLINE, "--token-ids", "100:500", "--rate", "1000")
+    assert (got["completed"], got["input_tokens"], got["output_tokens"]) == (3, 15, 9)
+    assert got["settings"]["target"] == "offline" and got["settings"]["model"] == "tiny.gguf"
+    assert engine.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [((), "beyond the model's 500"), (("--token-ids", "0:500", "--input-tokens", "62"), "62 + 3 = 65 tokens")],
+)
+def test_offline_refuses_what_the_model_cannot_take(engine: FakeEngine, args: tuple[str, ...], message: str) -> None:
+    with pytest.raises(EvenerError) as error:
+        run(*OFFLINE, *args)
+    assert message in error.value.message
+    assert engine.closed == 1

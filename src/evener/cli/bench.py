@@ -5,15 +5,18 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
+from msgspec import structs
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from evener.api import EngineOptions
+from evener.cli.engine_options import with_engine_options
 from evener.errors import InvalidInput
 from evener.workload import drive
 from evener.workload.client import CompletionsClient, ask_served, open_session
@@ -21,12 +24,16 @@ from evener.workload.drive import OnDone, Record, Send
 from evener.workload.offline import EngineClient, open_offline_engine
 from evener.workload.report import Report, Summary, make_report
 from evener.workload.slo import parse_slo
-from evener.workload.traffic import Traffic, check_fits, make_requests
+from evener.workload.traffic import Traffic, check_fits, check_vocabulary, make_requests
 
 
+@with_engine_options
 def bench(
+    options: EngineOptions,
     url: Annotated[str, typer.Option(help="Server to load, without /v1.")] = "http://127.0.0.1:8000",
-    model: Annotated[str | None, typer.Option(help="Served model (default: its first); offline: path or id.")] = None,
+    served: Annotated[
+        str | None, typer.Option("--model", help="Served model (default: the server's first); offline: path or id.")
+    ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Run an engine in this process, no HTTP.")] = False,
     requests: Annotated[
         int | None, typer.Option(min=1, help="How many (default: 64, or the whole trace).", show_default=False)
@@ -59,10 +66,6 @@ def bench(
     slo: Annotated[str | None, typer.Option(help="Goodput bounds, as in ttft=200ms,tpot=50ms,e2e=10s.")] = None,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request counts as failed.")] = 3600.0,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer token.")] = None,
-    devices: Annotated[str | None, typer.Option(help="Offline: devices, as for serve.")] = None,
-    tp: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="Offline: tensor parallel.")] = 1,
-    pp: Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", min=1, help="Offline: pipeline parallel.")] = 1,
-    dp: Annotated[int, typer.Option("--data-parallel-size", "-dp", min=1, help="Offline: replicas.")] = 1,
     json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write JSON with every request here.")] = None,
     progress: Annotated[
@@ -77,6 +80,11 @@ def bench(
         prompts=prompts, token_ids=token_ids, tokenizer=tokenizer, seed=seed,
     )  # fmt: skip
     todo = make_requests(traffic)
+    if options != EngineOptions() and not offline:
+        raise InvalidInput("MODEL, --devices and the other options of an engine need --offline; leave them out")
+    if served is not None and options.model not in (None, served):
+        raise InvalidInput(f"--model {served!r} and MODEL {options.model!r} differ; give one")
+    options = structs.replace(options, model=options.model or served)
     if offline and prompts != "ids":
         raise InvalidInput("--offline takes token ids; leave --prompts at ids")
     if offline and not ignore_eos:
@@ -86,20 +94,15 @@ def bench(
     @asynccontextmanager
     async def target() -> AsyncIterator[tuple[Send, str | None, int | None]]:
         if offline:
-            options: dict[str, Any] = {
-                "devices": devices.split() if devices else None,
-                "tensor_parallel_size": tp,
-                "pipeline_parallel_size": pp,
-                "data_parallel_size": dp,
-            }
-            async with open_offline_engine(model, **options) as engine:
-                yield EngineClient(engine, timeout, temperature).send, model, engine.max_model_len
+            async with open_offline_engine(**structs.asdict(options)) as engine:
+                check_vocabulary(todo, engine.model.vocab)
+                yield EngineClient(engine, timeout, temperature).send, options.model, engine.max_model_len
         else:
             async with open_session(api_key) as session:
                 base = url.rstrip("/").removesuffix("/v1")
-                served = await ask_served(session, base, model)
-                client = CompletionsClient(session, base, served.model, ignore_eos, temperature, timeout)
-                yield client.send, served.model, served.max_model_len
+                found = await ask_served(session, base, served)
+                client = CompletionsClient(session, base, found.model, ignore_eos, temperature, timeout)
+                yield client.send, found.model, found.max_model_len
 
     async def measure() -> str | None:
         async with target() as (send, name, limit):
@@ -116,7 +119,7 @@ def bench(
     except KeyboardInterrupt:
         if not run.duration_s:
             raise
-        name, interrupted = model, True
+        name, interrupted = served, True
     report = make_report(run, bounds)
     asked = msgspec.to_builtins(traffic, enc_hook=str)
     settings = {"target": "offline" if offline else url, "model": name, "slo": slo, **asked}

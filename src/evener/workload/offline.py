@@ -61,14 +61,14 @@ class EngineClient:
 
 
 @asynccontextmanager
-async def open_offline_engine(model: str | None, **options: Any) -> AsyncIterator[Engine]:
+async def open_offline_engine(**options: Any) -> AsyncIterator[Engine]:
     """Start an engine as `evener.LLM` does, and close it afterwards.
 
-    `model` and `options` go to `evener.api.start_engine` as they are; its errors pass through.
+    `options` go to `evener.api.start_engine` as they are; its errors pass through.
     """
     # by name, because the public API stands above this layer and pulls in the whole live body
     start: Any = import_module("evener.api").start_engine
-    engine: Engine = await start(model, **options)
+    engine: Engine = await start(**options)
     try:
         yield engine
     finally:

@@ -96,3 +96,12 @@ def check_fits(requests: list[TimedRequest], limit: int | None) -> None:
             f"request {longest.index} takes {longest.input_tokens} + {longest.output_tokens} = {need} tokens, the "
             f"model's context is {limit}; shorten the lengths, or scale a trace with --context {limit}"
         )
+
+
+def check_vocabulary(requests: list[TimedRequest], vocab: int) -> None:
+    """Refuse token ids that the model does not have (InvalidInput). Text prompts pass."""
+    largest = max((max(r.prompt) for r in requests if not isinstance(r.prompt, str)), default=0)
+    if largest >= vocab:
+        raise InvalidInput(
+            f"token id {largest} is beyond the model's {vocab}; give --token-ids 100:{vocab} or narrower"
+        )
