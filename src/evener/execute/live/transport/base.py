@@ -60,6 +60,10 @@ class Pipe(Protocol):
         """Fill `out` with the next message, whose byte size must be equal. Raises WorkerLost."""
         ...
 
+    def poll(self) -> bool:
+        """True if a message has begun to arrive, so that `recv` will not wait for its sender to start."""
+        ...
+
     def close(self) -> None:
         """Release resources; idempotent."""
         ...
