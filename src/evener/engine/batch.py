@@ -73,13 +73,13 @@ class BatchResult(Struct, frozen=True, array_like=True):
     """What the last stage reports. `tokens` has one entry per sampled row, decode rows first, then chunks.
 
     An executor that knows only lengths gives `tokens=None` and names the slots that reached their
-    end-of-sequence in `ended`.
+    end-of-sequence in `ended`, with the number of output tokens before it.
     """
 
     batch_id: int
     epoch: int
     tokens: list[int] | None = None
-    ended: list[int] = []
+    ended: list[tuple[int, int]] = []
     logprobs: dict[int, TokenLogprobs] = {}
     """Index into `tokens` -> logprobs, for rows that asked."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}

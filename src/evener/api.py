@@ -1,0 +1,276 @@
+"""From options to a running engine: open the model, know the devices, make or read the plan, size the KV, start.
+
+Everything that can be refused is refused here, before any worker starts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psutil
+from msgspec import Struct, structs
+
+from evener.brain import BrainConfig
+from evener.cost.base import BatchShape, CostModel
+from evener.cost.rates import Profile, bind, default_profile
+from evener.cost.roofline import RooflineCostModel
+from evener.engine.policy import make_policy
+from evener.errors import InvalidInput, InvalidPlan
+from evener.execute.live.engine import LiveConfig, LiveEngine
+from evener.model.source import ModelSource, open_model
+from evener.plan.default import default_plan, equal_plan
+from evener.plan.load import load_plan
+from evener.profile.hardware import check_present
+from evener.profile.store import load_profile
+from evener.router.choose import make_router
+from evener.spec.cluster import Cluster, Device, Link, parse_device, parse_size
+from evener.spec.memory import MemoryConfig, block_bytes, kv_blocks
+from evener.spec.model import ModelSpec
+from evener.spec.plan import Plan, validate
+from evener.spec.traffic import TrafficMix, parse_traffic_mix
+from evener.units import NS_PER_S, Bytes, Seconds, human_bytes
+
+_CHUNK_NS = NS_PER_S // 4
+"""A prompt chunk of the default size takes at most about this long: it is what a decoding row may have to wait."""
+_CHUNKS = (2048, 1024, 512, 256, 128, 64)
+
+
+class EngineOptions(Struct, frozen=True, kw_only=True):
+    """Everything a user may say about an engine. Names follow vLLM's where the meaning is the same."""
+
+    model: str | None = None
+    """Directory, .gguf file or hub id; None: the default model."""
+    devices: tuple[str, ...] = ()
+    """As in `evener.spec.cluster`; none: one worker per core, as many as the plan needs."""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    plan: str | None = None
+    """YAML file; excludes the three sizes."""
+    split: str = "time"
+    """`time`: by measured time for `traffic_mix`; `equal`: the pre-training habit."""
+    traffic_mix: str | None = None
+    dtype: str = "fp32"
+    policy: str = "equal-time"
+    router: str = "least-work"
+    max_model_len: int | None = None
+    """None: what the model and the KV memory allow."""
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    """None: the largest chunk that is predicted to take a quarter of a second."""
+    max_queue: int = 1024
+    kv_cache_memory: str | None = None
+    """Per device, like 1GiB; None: a share of what the host has free."""
+    links: tuple[Link, ...] = ()
+    static_batch: int = 32
+    static_wait_s: float = 0.1
+    start_timeout_s: float = 120.0
+    worker_timeout_s: float = 60.0
+    record: str | None = None
+
+
+class Prepared(Struct, frozen=True):
+    """What `prepare` decided; nothing runs yet."""
+
+    options: EngineOptions
+    source: Any
+    """The opened `ModelSource`."""
+    model: ModelSpec
+    cluster: Cluster
+    plan: Plan
+    profile: Profile
+    costs: Any
+    """The `CostModel`."""
+    kv_blocks: list[int]
+    max_model_len: int
+    max_num_batched_tokens: int
+
+
+def prepare(options: EngineOptions, source: ModelSource | None = None) -> Prepared:
+    """Check the options against the model and this host. Raises an InvalidInput that names value and remedy."""
+    if options.dtype != "fp32":
+        raise InvalidInput(f"dtype {options.dtype!r} is not supported; use fp32")
+    make_policy(options.policy)
+    make_router(options.router)
+    for name in ("max_num_seqs", "static_batch"):
+        if getattr(options, name) < 1:
+            raise InvalidInput(f"{name}={getattr(options, name)} must be at least 1")
+    if options.max_queue < 0:
+        raise InvalidInput(f"max_queue={options.max_queue} must not be negative")
+    source = source or open_model(options.model)
+    model = source.spec
+    cluster, plan, profile = _plan(options, model)
+    costs = RooflineCostModel(model, plan, bind(profile, cluster.devices), dtype=options.dtype, links=options.links)
+    chunk = options.max_num_batched_tokens or _chunk(costs, len(plan.replicas))
+    if chunk < 1:
+        raise InvalidInput(f"max_num_batched_tokens={chunk} must be at least 1")
+    blocks, longest = _kv(options, model, cluster, plan, chunk)
+    return Prepared(
+        options=options, source=source, model=model, cluster=cluster, plan=plan, profile=profile, costs=costs,
+        kv_blocks=blocks, max_model_len=longest, max_num_batched_tokens=chunk,
+    )  # fmt: skip
+
+
+async def start_engine(
+    model: str | None = None,
+    *,
+    prepared: Prepared | None = None,
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> LiveEngine:
+    """Start an engine in this event loop. `options` are the fields of EngineOptions.
+
+    Raises InvalidInput before anything starts, StartFailed when a worker does not come up.
+    """
+    if prepared is None:
+        prepared = prepare(make_options(model=model, **options))
+    given = prepared.options
+    return await LiveEngine.start(
+        prepared.model,
+        prepared.plan,
+        prepared.cluster,
+        prepared.kv_blocks,
+        prepared.costs,
+        BrainConfig(
+            policy=given.policy,
+            router=given.router,
+            max_num_seqs=given.max_num_seqs,
+            max_num_batched_tokens=prepared.max_num_batched_tokens,
+            max_queue=given.max_queue,
+            static_batch=given.static_batch,
+            static_wait_ns=round(given.static_wait_s * NS_PER_S),
+        ),
+        LiveConfig(
+            model_path=str(prepared.source.path),
+            dtype=given.dtype,
+            max_model_len=prepared.max_model_len,
+            start_timeout=Seconds(given.start_timeout_s),
+            wait_deadline=Seconds(given.worker_timeout_s),
+            record=given.record,
+        ),
+        progress=progress,
+    )
+
+
+def make_options(**options: Any) -> EngineOptions:
+    """EngineOptions from keywords. Raises InvalidInput for an unknown one."""
+    known = EngineOptions.__struct_fields__
+    for name in options:
+        if name not in known:
+            raise InvalidInput(f"option {name!r} is unknown; options are {', '.join(known)}")
+    for name in ("devices", "links"):
+        if name in options:
+            value = options[name]
+            options[name] = (value,) if isinstance(value, str) else tuple(value)
+    return EngineOptions(**options)
+
+
+def _plan(options: EngineOptions, model: ModelSpec) -> tuple[Cluster, Plan, Profile]:
+    tp, pp, dp = options.tensor_parallel_size, options.pipeline_parallel_size, options.data_parallel_size
+    for flag, value in (("-tp", tp), ("-pp", pp), ("-dp", dp)):
+        if value < 1:
+            raise InvalidInput(f"{flag} {value} must be at least 1")
+    given = [parse_device(text) for text in options.devices]
+    names = [d.name for d in given]
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise InvalidInput(f"device {twice} is named twice; name a second worker on it {twice}#1")
+    if options.plan is not None:
+        if (tp, pp, dp) != (1, 1, 1):
+            raise InvalidInput("--plan says the layout itself; leave out -tp, -pp and -dp")
+        plan = load_plan(options.plan, model)
+        devices = given or [parse_device(name) for name in plan.devices()]
+    else:
+        devices = given or _own_devices(tp * pp * dp)
+    cluster = Cluster(tuple(devices), options.links)
+    check_present(cluster.devices)
+    profile = load_profile(cluster) or default_profile(devices)
+    if options.plan is None:
+        if options.split not in ("time", "equal"):
+            raise InvalidInput(f"split {options.split!r} is unknown; use time or equal")
+        if options.split == "equal":
+            plan = equal_plan(model, devices, tp, pp, dp)
+        else:
+            mix = parse_traffic_mix(options.traffic_mix) if options.traffic_mix else TrafficMix()
+            plan = default_plan(
+                model, devices, tp, pp, dp, profile, mix, memory=_memory_config(options, 512), links=options.links
+            )
+    validate(plan, model, cluster)
+    used = set(plan.devices())
+    return structs.replace(cluster, devices=tuple(d for d in devices if d.name in used)), plan, profile
+
+
+def _own_devices(count: int) -> list[Device]:
+    """One device per core this process may use."""
+    cores = sorted(psutil.Process().cpu_affinity())
+    if count == 1 and len(cores) > 1:
+        # One worker: all the cores, if they are consecutive.
+        first, last = cores[0], cores[-1]
+        if cores == list(range(first, last + 1)):
+            return [parse_device(f"cpu:{first}-{last}")]
+    if count > len(cores):
+        raise InvalidPlan(
+            f"the plan needs {count} devices, this host has {len(cores)} cores; name the devices, "
+            f"and a second worker on a core like cpu:{cores[0]}#1"
+        )
+    return [parse_device(f"cpu:{core}") for core in cores[:count]]
+
+
+def _chunk(costs: CostModel, replicas: int) -> int:
+    for tokens in _CHUNKS:
+        shape = BatchShape(prefill_tokens=tokens, prefill_pairs=tokens * (tokens + 1) // 2, chunks=1)
+        if max(costs.batch_ns(r, shape) for r in range(replicas)) <= _CHUNK_NS:
+            return tokens
+    return _CHUNKS[-1]
+
+
+def _memory_config(options: EngineOptions, chunk: int) -> MemoryConfig:
+    return MemoryConfig(dtype=options.dtype, kv_dtype="fp32", max_batch_tokens=chunk + options.max_num_seqs)
+
+
+def _kv(options: EngineOptions, model: ModelSpec, cluster: Cluster, plan: Plan, chunk: int) -> tuple[list[int], int]:
+    """KV blocks per replica, and the longest sequence."""
+    config = _memory_config(options, chunk)
+    size = config.block_tokens
+    if options.kv_cache_memory is not None:
+        room = parse_size(options.kv_cache_memory, "kv_cache_memory")
+    else:
+        # A third of what is free now, shared by all workers of this host; the rest is for weights and activations.
+        room = Bytes(psutil.virtual_memory().available // 3 // len(plan.devices()))
+    blocks = []
+    for replica in plan.replicas:
+        count = kv_blocks(replica, model, cluster, config, room)
+        if options.kv_cache_memory is None:
+            # No more than all sequences at their longest could use.
+            count = min(count, options.max_num_seqs * -(-(options.max_model_len or model.max_position) // size))
+        if count < 1:
+            stage = replica.stages[0]
+            need = max(block_bytes(sh, stage, model, config) for sh in stage.shards)
+            raise InvalidInput(
+                f"kv_cache_memory={human_bytes(room)} is less than one KV block ({human_bytes(need)}); give more"
+            )
+        blocks.append(count)
+    capacity = min(blocks) * size
+    if options.max_model_len is None:
+        return blocks, min(model.max_position, capacity)
+    if not 2 <= options.max_model_len <= model.max_position:
+        raise InvalidInput(
+            f"max_model_len={options.max_model_len} is outside 2 to {model.max_position}, what the model was made for"
+        )
+    if options.max_model_len > capacity:
+        raise InvalidInput(
+            f"max_model_len={options.max_model_len} does not fit the KV cache of {capacity} tokens; "
+            "raise --kv-cache-memory or lower --max-model-len"
+        )
+    return blocks, options.max_model_len
+
+
+def describe(plan: Plan) -> Sequence[str]:
+    """One line per shard, for people."""
+    lines = []
+    for r, replica in enumerate(plan.replicas):
+        for s, stage in enumerate(replica.stages):
+            for shard in stage.shards:
+                parts = (("layers", stage.layers), ("heads", shard.heads), ("ffn", shard.ffn))
+                held = ", ".join(f"{what} [{a}, {b})" for what, (a, b) in parts)
+                lines.append(f"replica {r} stage {s} {shard.device}: {held}")
+    return lines

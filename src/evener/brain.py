@@ -1,0 +1,288 @@
+"""The brain: one pure state machine over all replicas, `step(event, now) -> commands`.
+
+No torch, no I/O, no clock. It routes arrivals, lets each replica's scheduler compose batches, answers clients and
+decides what a lost worker means. Live workers and the simulator are two bodies of this one brain.
+"""
+
+import math
+
+from msgspec import Struct
+
+from evener.cost.base import BatchShape, CostModel
+from evener.engine.batch import BatchResult
+from evener.engine.events import (
+    Answer,
+    Arrived,
+    BatchDone,
+    Cancelled,
+    Command,
+    Event,
+    Hold,
+    IssueBatch,
+    Refuse,
+    SetTimer,
+    Shutdown,
+    TimerFired,
+    WorkerDown,
+)
+from evener.engine.policy import make_policy
+from evener.engine.replica import ReplicaConfig, ReplicaEngine
+from evener.engine.request import Request
+from evener.engine.sequence import Sequence
+from evener.router.choose import Router, make_router
+from evener.router.lengths import LengthEstimator
+from evener.router.load import load_of
+from evener.spec.plan import Plan
+from evener.units import NS_PER_S, Nanoseconds
+
+
+class BrainConfig(Struct, frozen=True):
+    """Limits and policies of the whole service."""
+
+    policy: str = "equal-time"
+    router: str = "least-work"
+    max_num_seqs: int = 64
+    """Sequences that hold KV, per replica."""
+    max_num_batched_tokens: int = 512
+    max_queue: int = 1024
+    """Requests that wait for a slot, over all replicas; one more is refused with 429."""
+    block_tokens: int = 16
+    static_batch: int = 32
+    static_wait_ns: int = 100_000_000
+
+
+class Brain:
+    """Decides what runs next, where. Deterministic: the same events at the same times give the same commands."""
+
+    def __init__(self, plan: Plan, kv_blocks: list[int], costs: CostModel, config: BrainConfig) -> None:
+        """`kv_blocks`: per replica, the fewest blocks that any of its shards can hold."""
+        self.plan = plan
+        self.config = config
+        self.costs = costs
+        self.router: Router = make_router(config.router)
+        self.lengths = LengthEstimator()
+        self.replicas = [
+            ReplicaEngine(r, self._replica_config(r, blocks), make_policy(config.policy), costs)
+            for r, blocks in enumerate(kv_blocks)
+        ]
+        self.down: dict[int, str] = {}
+        """Replica -> why it is down."""
+        self._closed: str | None = None
+        self._live: dict[str, tuple[int, Sequence]] = {}
+        self._order = 0
+        self._timers: dict[int, int] = {}
+        """Timer id -> replica."""
+        self._next_timer = 0
+        self._held: dict[int, Hold] = {}
+
+    def _replica_config(self, replica: int, blocks: int) -> ReplicaConfig:
+        stages = len(self.plan.replicas[replica].stages)
+        groups = 1
+        if stages > 1:
+            # As many micro-batches as the round trip takes bottleneck times; a rounding of the prediction is no stage.
+            shape = BatchShape(decode_rows=8, decode_context=8 * 512, sampled_rows=8)
+            trip, slowest = self.costs.latency_ns(replica, shape), self.costs.batch_ns(replica, shape)
+            groups = min(stages, max(2, math.ceil(trip / max(1, slowest) - 0.25)))
+        config = self.config
+        return ReplicaConfig(
+            kv_blocks=blocks,
+            block_tokens=config.block_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            groups=groups,
+            depth=groups if config.policy == "static" else groups + 1,
+            static_batch=min(config.static_batch, config.max_num_seqs),
+            static_wait_ns=config.static_wait_ns,
+            epoch=self.plan.epoch,
+        )
+
+    # ---- the one entry point ----------------------------------------------------------------------------------
+
+    def step(self, event: Event, now: Nanoseconds) -> list[Command]:
+        """Consume one event and say what to do. `now` never decreases from call to call."""
+        out: list[Command] = []
+        if isinstance(event, BatchDone):
+            self._batch_done(event.replica, event.result, out)
+            self._pump(event.replica, now, out)
+        elif isinstance(event, Arrived):
+            self._arrived(event.request, now, out)
+        elif isinstance(event, Cancelled):
+            self._cancelled(event, now, out)
+        elif isinstance(event, TimerFired):
+            replica = self._timers.pop(event.timer_id, None)
+            if replica is not None and replica not in self.down:
+                self._pump(replica, now, out)
+        elif isinstance(event, WorkerDown):
+            self._worker_down(event, now, out)
+        else:
+            self._shutdown(event, out)
+        return out
+
+    # ---- events -----------------------------------------------------------------------------------------------
+
+    def _arrived(self, request: Request, now: Nanoseconds, out: list[Command]) -> None:
+        if self._closed is not None:
+            out.append(Refuse(request.request_id, "unavailable", self._closed))
+            return
+        alive = [r for r in self.replicas if r.index not in self.down]
+        if not alive:
+            out.append(Refuse(request.request_id, "worker_lost", self.no_replica_reason()))
+            return
+        need = -(-(request.prompt_len + request.max_tokens) // self.config.block_tokens)
+        room = max(r.config.kv_blocks for r in alive)
+        if need > room:
+            tokens = room * self.config.block_tokens
+            out.append(
+                Refuse(
+                    request.request_id,
+                    "context_length_exceeded",
+                    f"{request.prompt_len} prompt tokens and {request.max_tokens} output tokens need {need} KV blocks, "
+                    f"a replica has {room} ({tokens} tokens); shorten the request or give the server more KV memory",
+                )
+            )
+            return
+        waiting = sum(r.waiting_rows() for r in alive)
+        if waiting >= self.config.max_queue:
+            retry = max(1.0, min(self._seconds_of_queue(r) for r in alive))
+            out.append(
+                Refuse(
+                    request.request_id,
+                    "overloaded",
+                    f"{waiting} requests are waiting, the limit is {self.config.max_queue}; retry in {retry:.0f} s",
+                    retry,
+                )
+            )
+            return
+        self._order += 1
+        seq = Sequence(request, self._order, now)
+        replica = self._route(seq, [r for r in alive if r.config.kv_blocks >= need])
+        self._live[request.request_id] = (replica.index, seq)
+        replica.add(seq)
+        self._pump(replica.index, now, out)
+
+    def _route(self, seq: Sequence, among: list[ReplicaEngine]) -> ReplicaEngine:
+        if len(among) == 1:
+            return among[0]
+        loads = [load_of(r, seq, self.lengths) for r in among]
+        done = seq.target - seq.request.prompt_len
+        left = self.lengths.expected_remaining(done, max(done, seq.request.max_tokens))
+        return self.replicas[self.router.choose(seq.target, left, loads, self.costs)]
+
+    def _batch_done(self, index: int, result: BatchResult, out: list[Command]) -> None:
+        if index in self.down:
+            return  # a result that was on its way when the replica was fenced; its sequences moved on
+        for answer in self.replicas[index].batch_done(result):
+            out.append(answer)
+            if answer.finish is not None:
+                self._forget(answer.request_id, censored=answer.finish != "stop")
+
+    def _cancelled(self, event: Cancelled, now: Nanoseconds, out: list[Command]) -> None:
+        found = self._live.get(event.request_id)
+        if found is None:
+            return
+        index, seq = found
+        self.replicas[index].end(seq)
+        finish = "stop" if event.stopped else "cancelled"
+        self._forget(event.request_id, censored=not event.stopped)
+        out.append(Answer(event.request_id, [], 0, finish))
+        self._pump(index, now, out)
+
+    def _worker_down(self, event: WorkerDown, now: Nanoseconds, out: list[Command]) -> None:
+        index = next((k for k, r in enumerate(self.plan.replicas) if event.device in r.devices()), None)
+        if index is None or index in self.down:
+            return
+        self.down[index] = f"worker {event.device} lost: {event.reason}"
+        self._held.pop(index, None)
+        for seq in self.replicas[index].abandon():
+            request = seq.request
+            need = -(-(request.prompt_len + request.max_tokens) // self.config.block_tokens)
+            fits = [r for r in self.replicas if r.index not in self.down and r.config.kv_blocks >= need]
+            if not fits:
+                self._live.pop(request.request_id)
+                out.append(Refuse(request.request_id, "worker_lost", self.no_replica_reason(index)))
+                continue
+            # What was emitted is forced on replay, never sampled again: the client sees no seam.
+            target = self._route(seq, fits)
+            target.requeue(seq)
+            self._live[request.request_id] = (target.index, seq)
+        for replica in self.replicas:
+            if replica.index not in self.down:
+                self._pump(replica.index, now, out)
+
+    def _shutdown(self, event: Shutdown, out: list[Command]) -> None:
+        self._closed = event.reason
+        for request_id, (index, seq) in list(self._live.items()):
+            self.replicas[index].end(seq)
+            out.append(Refuse(request_id, "unavailable", event.reason))
+        self._live.clear()
+
+    # ---- what is running --------------------------------------------------------------------------------------
+
+    def _pump(self, index: int, now: Nanoseconds, out: list[Command]) -> None:
+        """Issue to a replica while its pipeline takes batches; then let idle replicas take over waiting requests."""
+        self._issue(index, now, out)
+        if len(self.replicas) > 1:
+            for other in self._balance():
+                self._issue(other, now, out)
+
+    def _issue(self, index: int, now: Nanoseconds, out: list[Command]) -> None:
+        replica = self.replicas[index]
+        self._held.pop(index, None)
+        while (issued := replica.next_batch(now)) is not None:
+            out.append(issued)
+            if isinstance(issued, IssueBatch):
+                continue
+            self._held[index] = issued
+            if issued.until is not None:
+                self._next_timer += 1
+                self._timers[self._next_timer] = index
+                out.append(SetTimer(self._next_timer, issued.until))
+            return
+
+    def _balance(self) -> list[int]:
+        """Move requests that wait at one replica to others that would start them at once."""
+        moved = []
+        if self.router.moves_waiting:
+            alive = [r for r in self.replicas if r.index not in self.down]
+            for idle in alive:
+                if idle.waiting_rows() or idle.running_rows():
+                    continue
+                source = max(alive, key=lambda r: (r.waiting_rows(), -r.index))
+                if source.waiting_rows() == 0 or source is idle:
+                    continue
+                seq = source.take_waiting()
+                if seq is None:
+                    continue
+                need = -(-(seq.request.prompt_len + seq.request.max_tokens) // self.config.block_tokens)
+                home = idle if need <= idle.config.kv_blocks else source
+                home.add(seq)
+                self._live[seq.request.request_id] = (home.index, seq)
+                if home is idle:
+                    moved.append(idle.index)
+        return moved
+
+    def _forget(self, request_id: str, censored: bool) -> None:
+        _, seq = self._live.pop(request_id)
+        self.lengths.observe(seq.emitted, censored)
+
+    def _seconds_of_queue(self, replica: ReplicaEngine) -> float:
+        tokens = replica.prefill_tokens_left()
+        shape = BatchShape(prefill_tokens=tokens, prefill_pairs=tokens * 256, chunks=1)
+        return self.costs.batch_ns(replica.index, shape) / NS_PER_S
+
+    # ---- for the bodies ---------------------------------------------------------------------------------------
+
+    @property
+    def unfinished(self) -> int:
+        """Accepted requests that have not ended."""
+        return len(self._live)
+
+    def held(self, replica: int) -> Hold | None:
+        """Why a replica with work is not issuing, if it is not."""
+        return self._held.get(replica)
+
+    def no_replica_reason(self, index: int | None = None) -> str:
+        """What is down and how to go on."""
+        which = [index] if index is not None else sorted(self.down)
+        what = "; ".join(f"replica {k}: {self.down[k]}" for k in which)
+        return f"{what}. No other replica can take it; restart the server, or leave the lost device out of the plan"

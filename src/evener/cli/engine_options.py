@@ -1,0 +1,84 @@
+"""The options that every verb with an engine shares, defined once."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from evener.api import EngineOptions
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_DEFAULTS = EngineOptions()
+
+
+def _all(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Directory, .gguf file or hub id. Default: the installed SmolLM2.", show_default=False),
+    ] = None,
+    devices: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--devices",
+            "--device",
+            help="cpu:0, cpu:0-7, cpu:0#1, with ,slowdown=2,memory=1GiB. Repeatable; one "
+            "option may name several, separated by spaces.",
+            show_default="one per core",
+        ),
+    ] = None,
+    tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="Shards per stage.")] = 1,
+    pipeline_parallel_size: Annotated[
+        int, typer.Option("--pipeline-parallel-size", "-pp", help="Stages per replica.")
+    ] = 1,
+    data_parallel_size: Annotated[int, typer.Option("--data-parallel-size", "-dp", help="Replicas.")] = 1,
+    plan: Annotated[str | None, typer.Option(help="Plan file (YAML), instead of -tp, -pp, -dp.")] = None,
+    split: Annotated[
+        str, typer.Option(help="Default plans: time (measured) or equal (the pre-training habit).")
+    ] = "time",
+    traffic_mix: Annotated[
+        str | None, typer.Option(help="Traffic that default plans are made for, like in=1020,out=129.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="fp32.")] = _DEFAULTS.dtype,
+    policy: Annotated[str, typer.Option(help="equal-time, fcfs or static.")] = _DEFAULTS.policy,
+    router: Annotated[str, typer.Option(help="least-work, least-requests or round-robin.")] = _DEFAULTS.router,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Prompt and output tokens of one sequence.", show_default="what fits")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences at once, per replica.")] = _DEFAULTS.max_num_seqs,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of one batch.", show_default="a predicted quarter of a second")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="Waiting requests; one more gets 429.")] = _DEFAULTS.max_queue,
+    kv_cache_memory: Annotated[
+        str | None, typer.Option(help="Per device, like 1GiB.", show_default="a share of what is free")
+    ] = None,
+    static_batch: Annotated[int, typer.Option(help="static policy: requests of a batch.")] = _DEFAULTS.static_batch,
+    static_wait_s: Annotated[
+        float, typer.Option(help="static policy: longest wait for a full batch.")
+    ] = _DEFAULTS.static_wait_s,
+    start_timeout_s: Annotated[float, typer.Option("--start-timeout", help="Seconds.")] = _DEFAULTS.start_timeout_s,
+    worker_timeout_s: Annotated[
+        float, typer.Option("--worker-timeout", help="Seconds without progress until a worker counts as hung.")
+    ] = _DEFAULTS.worker_timeout_s,
+    record: Annotated[str | None, typer.Option(help="Write every event and command to this file.")] = None,
+) -> None: ...
+
+
+def with_engine_options(command: Callable[..., R]) -> Callable[..., R]:
+    """Give a command the engine options; it receives them as `options: EngineOptions`, its first argument."""
+    shared = inspect.signature(_all).parameters
+    own = [p for name, p in inspect.signature(command).parameters.items() if name != "options"]
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> R:
+        values = {name: given.pop(name) for name in shared}
+        values["devices"] = tuple(d for text in values["devices"] or () for d in text.split())
+        return command(EngineOptions(**values), **given)
+
+    wrapper.__signature__ = inspect.Signature([*shared.values(), *own])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in [*shared.values(), *own]}
+    return wrapper

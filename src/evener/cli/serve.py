@@ -1,0 +1,71 @@
+"""`evener serve`: an OpenAI-compatible server."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evener.api import EngineOptions, describe, prepare, start_engine
+from evener.cli.engine_options import with_engine_options
+from evener.errors import InvalidInput
+from evener.serve.app import create_app
+from evener.serve.front import FrontConfig
+from evener.serve.server import run
+
+
+@with_engine_options
+def serve(
+    options: EngineOptions,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="Clients must send it.", envvar="EVENER_API_KEY", show_envvar=True)
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model. Repeatable.", show_default="the model's own")
+    ] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja file used instead of the model's own.")] = None,
+) -> None:
+    """Serve a model over one or several devices with OpenAI's API."""
+    template = None
+    if chat_template is not None:
+        try:
+            template = chat_template.read_text()
+        except OSError as error:
+            raise InvalidInput(f"chat template {chat_template}: {error.strerror}; give a readable file") from error
+    asyncio.run(_serve(options, host, port, api_key, tuple(served_model_name or ()), template))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+async def _serve(
+    options: EngineOptions, host: str, port: int, api_key: str | None, names: tuple[str, ...], template: str | None
+) -> None:
+    prepared = prepare(options)
+    source = prepared.source
+    names = names or (source.name,)
+    _say(f"evener: {source.name}, {prepared.plan.name}, policy {options.policy}")
+    for line in describe(prepared.plan):
+        _say(f"  {line}")
+    if prepared.profile.source == "default":
+        _say("  devices not measured yet, speeds are assumed; run `evener devices` once for better splits")
+    tokens = min(prepared.kv_blocks) * 16
+    _say(
+        f"  {tokens} tokens of KV per replica, sequences up to {prepared.max_model_len}, "
+        f"batches up to {prepared.max_num_batched_tokens} tokens"
+    )
+    starting = asyncio.create_task(start_engine(prepared=prepared, progress=lambda text: _say(f"  {text}")))
+    # The tokenizer loads while the workers do.
+    tokenizer = await asyncio.to_thread(source.tokenizer)
+    eos = source.eos_token_ids
+    engine = await starting
+    try:
+        config = FrontConfig(served_model_names=names, eos_token_ids=eos, api_key=api_key, chat_template=template)
+        app = create_app(engine, tokenizer, config)
+        await run(app, host, port, ready=lambda p: _say(f"evener: ready on http://{host}:{p}/v1"))
+    finally:
+        await engine.close()

@@ -1,0 +1,428 @@
+"""The scheduler of one replica: queues, slots, blocks, batches in flight. Pure; `now` is given.
+
+A sequence waits, prefills in chunks, then decodes in a group until its end is seen. Whatever ends (finished,
+cancelled, preempted) keeps its slot and blocks until the last batch that names it is done.
+"""
+
+import heapq
+from collections import deque
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from evener.cost.base import BatchShape, CostModel
+from evener.engine.batch import BatchResult
+from evener.engine.builder import BatchBuilder
+from evener.engine.events import Answer, Hold, IssueBatch
+from evener.engine.kv import BlockPool
+from evener.engine.policy import Policy
+from evener.engine.sequence import DecodeGroup, Sequence, State
+from evener.units import Nanoseconds
+
+
+class ReplicaConfig(Struct, frozen=True):
+    """Limits of one replica."""
+
+    kv_blocks: int
+    block_tokens: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    groups: int = 1
+    """Micro-batches that rotate through the pipeline."""
+    depth: int = 2
+    """Batches in flight, at most: one more than the pipeline needs hides the host."""
+    static_batch: int = 32
+    static_wait_ns: int = 100_000_000
+    epoch: int = 0
+
+
+class _InFlight(NamedTuple):
+    batch_id: int
+    group: DecodeGroup | None
+    rows: tuple[Sequence, ...]
+    capped: list[Sequence]
+    shape: BatchShape
+
+
+class ReplicaEngine:
+    """Decides what one replica runs next."""
+
+    def __init__(self, index: int, config: ReplicaConfig, policy: Policy, costs: CostModel) -> None:
+        self.index = index
+        self.config = config
+        self.policy = policy
+        self.costs = costs
+        self.pool = BlockPool(config.kv_blocks, policy.prefix_caching)
+        self.groups = [DecodeGroup(g, config.block_tokens) for g in range(config.groups)]
+        self.active: dict[int, Sequence] = {}
+        """Slot -> sequence, from admission until its blocks are released."""
+        self.table_changes: dict[int, list[int]] = {}
+        self.dropped_slots: list[int] = []
+        self.in_flight: deque[_InFlight] = deque()
+        self.static_size = 0
+        self.static_longest = 0
+        self.preemptions = 0
+        self.prefix_hit_tokens = 0
+        self.prompt_tokens = 0
+        self.output_tokens = 0
+        self.late_tokens = 0
+        """Tokens computed for rows that had already ended (speculation)."""
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._waiting_count = 0
+        self.waiting_tokens = 0
+        """Known tokens of waiting sequences."""
+        self.waiting_pairs = 0
+        """(query, key) pairs that these will cost."""
+        self.waiting_caps = 0
+        """Sum of their output caps."""
+        self._prefilling: list[Sequence] = []
+        self._limbo: list[tuple[int, int, Sequence]] = []
+        self._next_batch = 0
+        self._completed = -1
+
+    # ---- what policies ask ------------------------------------------------------------------------------------
+
+    def next_group(self) -> DecodeGroup | None:
+        """The group to step next: one without a batch in flight first, then the least recently issued.
+
+        At most one successor of a group's running batch is queued.
+        """
+        ready = [g for g in self.groups if g.size and g.in_flight < 2]
+        return min(ready, key=lambda g: (g.in_flight, g.last_batch, g.group_id)) if ready else None
+
+    def prefilling(self) -> list[Sequence]:
+        """Admitted sequences with prompt left, in order."""
+        return [s for s in self._prefilling if s.left > 0]
+
+    def waiting_rows(self) -> int:
+        """Sequences that hold nothing yet."""
+        return self._waiting_count
+
+    def oldest_waiting(self) -> Nanoseconds:
+        """Arrival of the first in the queue; there must be one."""
+        self._skip_done()
+        return self._waiting[0][1].arrival
+
+    def running_rows(self) -> int:
+        """Sequences that hold a slot and have not ended."""
+        return sum(s.state is not State.DONE and s.state is not State.PREEMPTED for s in self.active.values())
+
+    def limbo_size(self) -> int:
+        """Ended sequences whose last batch is still in flight."""
+        return len(self._limbo)
+
+    def prefill_tokens_left(self) -> int:
+        """Prompt tokens waiting or partly done."""
+        return self.waiting_tokens + sum(s.left for s in self._prefilling)
+
+    def group_ns(self, group: DecodeGroup) -> Nanoseconds:
+        """Predicted time of the next step of a group."""
+        rows = group.size
+        context = group.context + sum(s.length for s in group.pending)
+        return self.costs.batch_ns(self.index, BatchShape(decode_rows=rows, decode_context=context, sampled_rows=rows))
+
+    def chunk_ns(self, tokens: int, rows: int) -> Nanoseconds:
+        """Predicted time of a chunk at an empty context together with `rows` decoding rows of mean context."""
+        total = sum(g.size for g in self.groups)
+        context = sum(g.context for g in self.groups) * rows // total if total else 0
+        shape = BatchShape(tokens, tokens * (tokens + 1) // 2, rows, context, rows, 0, 1)
+        return self.costs.batch_ns(self.index, shape)
+
+    def admit_next(self, build: BatchBuilder, reserve: bool = False) -> Sequence | Hold | None:
+        """Give the first waiting sequence a slot and the blocks of its known tokens (of its cap: `reserve`).
+
+        None if nobody waits or no slot is free; a Hold if blocks are short.
+        """
+        self._skip_done()
+        if not self._waiting or not self._free_slots:
+            return None
+        seq = self._waiting[0][1]
+        size = self.config.block_tokens
+        hits: list[int] = []
+        if seq.request.sampling.prompt_logprobs is None:
+            # At least one token is computed, because its logits are needed.
+            hits = self.pool.find(seq.whole_keys(size, seq.target - 1))
+        tokens = seq.request.prompt_len + seq.request.max_tokens if reserve else seq.target
+        need = -(-tokens // size) - len(hits)
+        # Rows that decode will soon ask for blocks; leave them a few, or the newcomer is preempted at once.
+        margin = 1 + self.running_rows() // 8 if self.active and not reserve else 0
+        if need + margin + self.pool.cached_among(hits) > self.pool.available:
+            return Hold(self.index, "kv_blocks", None)
+        heapq.heappop(self._waiting)
+        self._count_waiting(seq, -1)
+        self.pool.hold(hits)
+        seq.blocks = hits + (self.pool.allocate(need) or [])
+        seq.slot = self._free_slots.pop()
+        seq.computed = len(hits) * size
+        if seq.first_answer:
+            seq.cached = seq.computed
+            self.prompt_tokens += seq.request.prompt_len
+        self.prefix_hit_tokens += seq.computed
+        seq.published = len(hits)
+        seq.state = State.PREFILL
+        seq.last_batch = -1
+        self.active[seq.slot] = seq
+        self.table_changes[seq.slot] = list(seq.blocks)
+        self._prefilling.append(seq)
+        build.admit(seq)
+        return seq
+
+    def extend(self, seq: Sequence, length: int) -> bool:
+        """Make sure `seq` has a block for position `length - 1`, preempting the latest sequences if it must.
+
+        False: not now; `seq` itself may have been preempted.
+        """
+        while len(seq.blocks) * self.config.block_tokens < length:
+            got = self.pool.allocate(1)
+            if got is not None:
+                seq.blocks += got
+                self.table_changes.setdefault(seq.slot, []).extend(got)
+                continue
+            if any(s.state is State.PREEMPTED for _, _, s in self._limbo):
+                return False  # its blocks come back with the batches in flight
+            victims = [s for s in self.active.values() if s.state in (State.PREFILL, State.DECODE)]
+            victim = max(victims, key=lambda s: s.rank)
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def publish(self, seq: Sequence, computed: int) -> None:
+        """Index the whole blocks among the first `computed` tokens, which must be known."""
+        keys = seq.whole_keys(self.config.block_tokens, computed)
+        for k in range(seq.published, len(keys)):
+            self.pool.publish(seq.blocks[k], keys[k])
+        seq.published = max(seq.published, len(keys))
+
+    def prefilled(self, seq: Sequence, build: BatchBuilder) -> None:
+        """The last chunk of `seq` was put into a batch: from here on it decodes."""
+        self._prefilling.remove(seq)
+        seq.length = seq.target + 1
+        if seq.length - seq.request.prompt_len >= seq.request.max_tokens:
+            seq.state = State.DRAINING
+            build.capped.append(seq)
+        else:
+            seq.state = State.DECODE
+            self.policy.place(self).pending.append(seq)
+
+    # ---- events -----------------------------------------------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence."""
+        seq.state = State.WAITING
+        heapq.heappush(self._waiting, (seq.rank, seq))
+        self._count_waiting(seq, 1)
+
+    def take_waiting(self) -> Sequence | None:
+        """Remove the last of the queue, to run it elsewhere."""
+        live = [entry for entry in self._waiting if entry[1].state is State.WAITING]
+        if not live:
+            return None
+        entry = max(live, key=lambda e: e[0])
+        self._waiting.remove(entry)
+        heapq.heapify(self._waiting)
+        self._count_waiting(entry[1], -1)
+        return entry[1]
+
+    def next_batch(self, now: Nanoseconds) -> IssueBatch | Hold | None:
+        """Compose and issue one batch if the pipeline takes one and something can run."""
+        if len(self.in_flight) >= self.config.depth:
+            return None
+        build = BatchBuilder(self)
+        hold = self.policy.compose(self, build, now)
+        if not build:
+            if hold is None and any(s.state is State.PREEMPTED for _, _, s in self._limbo):
+                hold = Hold(self.index, "preempting", None)
+            return hold
+        batch_id = self._next_batch
+        self._next_batch += 1
+        batch, rows = build.finish(batch_id, self.config.epoch)
+        stepped = build.group if batch.step else None
+        self.in_flight.append(_InFlight(batch_id, stepped, rows, build.capped, batch.shape))
+        return IssueBatch(self.index, batch)
+
+    def batch_done(self, result: BatchResult) -> list[Answer]:
+        """Account for the oldest batch in flight: new tokens, ends, freed blocks."""
+        record = self.in_flight.popleft()
+        assert record.batch_id == result.batch_id, f"batch {result.batch_id} done, expected {record.batch_id}"
+        self._completed = record.batch_id
+        if record.group is not None:
+            record.group.in_flight -= 1
+        for slot, entries in result.prompt_logprobs.items():
+            if self.active[slot].first_answer:
+                self.active[slot].prompt_logprobs.extend(entries)
+        answers = self._with_tokens(record, result) if result.tokens is not None else self._lengths_only(record, result)
+        self._release_completed()
+        return answers
+
+    def end(self, seq: Sequence) -> None:
+        """`seq` ended for whatever reason; nothing more will be emitted for it."""
+        if seq.state is State.WAITING:
+            self._count_waiting(seq, -1)
+            seq.state = State.DONE
+            return
+        preempted = seq.state is State.PREEMPTED
+        self._withdraw(seq)
+        seq.state = State.DONE
+        if not preempted:  # else it is in limbo already
+            self._retire(seq)
+
+    def abandon(self) -> list[Sequence]:
+        """The workers are lost: forget everything in flight and return all unfinished sequences, in order."""
+        self._skip_done()
+        left = [s for s in self.active.values() if s.state is not State.DONE]
+        left += [s for _, s in self._waiting if s.state is State.WAITING]
+        for seq in left:
+            seq.length = seq.current_length()
+            seq.group = None
+        for record in self.in_flight:
+            for seq in record.rows:
+                seq.length -= seq.tokens is None  # a token that will never be known
+        self.active.clear()
+        self._waiting.clear()
+        self._waiting_count = self.waiting_tokens = self.waiting_pairs = self.waiting_caps = 0
+        self._prefilling.clear()
+        self._limbo.clear()
+        self.in_flight.clear()
+        self.table_changes.clear()
+        self.dropped_slots.clear()
+        self.pool = BlockPool(self.config.kv_blocks, self.policy.prefix_caching)
+        self.groups = [DecodeGroup(g, self.config.block_tokens) for g in range(self.config.groups)]
+        self._free_slots = list(range(self.config.max_num_seqs - 1, -1, -1))
+        return sorted(left, key=lambda s: s.order)
+
+    # ---- inside -----------------------------------------------------------------------------------------------
+
+    def _with_tokens(self, record: _InFlight, result: BatchResult) -> list[Answer]:
+        assert result.tokens is not None
+        answers = []
+        for i, seq in enumerate(record.rows):
+            if seq.state is State.DONE:
+                self.late_tokens += 1
+                continue
+            token = result.tokens[i]
+            request = seq.request
+            emitted: list[int] = []
+            finish: str | None = None
+            if request.max_tokens == 0:
+                finish = "length"
+            elif token in request.stop_token_ids:
+                finish = "stop"
+            else:
+                emitted = [token]
+                assert seq.tokens is not None
+                seq.tokens.append(token)
+                known = len(seq.tokens)
+                if (known - 1) % self.config.block_tokens == 0 and seq.state is State.DECODE:
+                    self.publish(seq, known - 1)
+                if known - request.prompt_len >= request.max_tokens:
+                    finish = "length"
+            logprobs = result.logprobs.get(i)
+            answers.append(
+                Answer(
+                    request_id=request.request_id,
+                    tokens=emitted,
+                    count=len(emitted),
+                    finish=finish,
+                    stop_token=token if finish == "stop" else None,
+                    logprobs=[logprobs] if logprobs is not None and emitted else None,
+                    prompt_logprobs=seq.prompt_logprobs if seq.first_answer and seq.prompt_logprobs else None,
+                    cached_tokens=seq.cached if seq.first_answer else 0,
+                )
+            )
+            seq.first_answer = False
+            seq.emitted += len(emitted)
+            self.output_tokens += len(emitted)
+            if finish is not None:
+                self.end(seq)
+        return answers
+
+    def _lengths_only(self, record: _InFlight, result: BatchResult) -> list[Answer]:
+        answers = []
+        for slot, count in result.ended:
+            seq = self.active[slot]
+            if seq.state is not State.DONE:
+                answers.append(self._counted(seq, count, "stop"))
+        for seq in record.capped:
+            if seq.state is not State.DONE:
+                answers.append(self._counted(seq, seq.request.max_tokens, "length"))
+        for seq in record.rows[record.shape.decode_rows :]:
+            if seq.first_answer and seq.state is not State.DONE:
+                answers.append(self._counted(seq, 1, None))
+        return answers
+
+    def _counted(self, seq: Sequence, total: int, finish: str | None) -> Answer:
+        count = total - seq.emitted
+        answer = Answer(
+            request_id=seq.request.request_id,
+            tokens=[],
+            count=count,
+            finish=finish,
+            cached_tokens=seq.cached if seq.first_answer else 0,
+        )
+        seq.first_answer = False
+        seq.emitted = total
+        self.output_tokens += count
+        if finish is not None:
+            self.end(seq)
+        return answer
+
+    def _withdraw(self, seq: Sequence) -> None:
+        """Take a sequence out of whatever would schedule it."""
+        if seq.group is not None:
+            seq.group.remove(seq)
+            return
+        if seq.state is State.PREFILL:
+            self._prefilling.remove(seq)
+        elif seq.state is State.DECODE:
+            for group in self.groups:
+                if seq in group.pending:
+                    group.pending.remove(seq)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.preemptions += 1
+        seq.preempted += 1
+        self._withdraw(seq)
+        seq.state = State.PREEMPTED
+        self._retire(seq)
+
+    def _retire(self, seq: Sequence) -> None:
+        if seq.last_batch <= self._completed:
+            self._release(seq)
+        else:
+            heapq.heappush(self._limbo, (seq.last_batch, seq.order, seq))
+
+    def _release_completed(self) -> None:
+        while self._limbo and self._limbo[0][0] <= self._completed:
+            self._release(heapq.heappop(self._limbo)[2])
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.release(seq.blocks)
+        self.table_changes.pop(seq.slot, None)
+        del self.active[seq.slot]
+        self._free_slots.append(seq.slot)
+        self.dropped_slots.append(seq.slot)
+        seq.blocks, seq.slot, seq.published = [], -1, 0
+        if seq.state is State.PREEMPTED:
+            self.requeue(seq)
+
+    def requeue(self, seq: Sequence) -> None:
+        """Queue a sequence again; what it emitted is forced on replay, never sampled again."""
+        seq.blocks, seq.slot, seq.published, seq.computed = [], -1, 0, 0
+        seq.group = None
+        seq.length = len(seq.tokens) if seq.tokens is not None else seq.length
+        seq.target = seq.length
+        if seq.first_answer:
+            seq.prompt_logprobs = []
+        self.add(seq)
+
+    def _count_waiting(self, seq: Sequence, sign: int) -> None:
+        self._waiting_count += sign
+        self.waiting_tokens += sign * seq.target
+        self.waiting_pairs += sign * (seq.target * (seq.target + 1) // 2)
+        self.waiting_caps += sign * seq.request.max_tokens
+
+    def _skip_done(self) -> None:
+        while self._waiting and self._waiting[0][1].state is State.DONE:
+            heapq.heappop(self._waiting)

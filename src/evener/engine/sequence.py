@@ -1,0 +1,177 @@
+"""One request inside a replica, and the groups in which decoding sequences advance together."""
+
+import heapq
+from enum import Enum
+from typing import Any
+
+from evener.engine.batch import TokenLogprobs
+from evener.engine.kv import Key, chain_key
+from evener.engine.request import Request
+from evener.units import Nanoseconds
+
+
+class State(Enum):
+    """Where a sequence stands. `DRAINING`: its last token is in flight. `DONE`: nothing more will be emitted."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DRAINING = "draining"
+    PREEMPTED = "preempted"
+    DONE = "done"
+
+
+class Sequence:
+    """Mutable state of one request on one replica.
+
+    `length` counts tokens that are known *or being sampled in flight*; `tokens` holds the known ones (None where
+    only lengths are known). KV has been issued for the first `computed` of them while prefilling.
+    """
+
+    __slots__ = (
+        "arrival", "blocks", "cached", "computed", "emitted", "first_answer", "group", "join_length", "join_step",
+        "keys", "last_batch", "length", "order", "preempted", "prompt_logprobs", "published", "request", "slot",
+        "state", "target", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, order: int, arrival: Nanoseconds) -> None:
+        self.request = request
+        self.order = order
+        self.arrival = arrival
+        self.state = State.WAITING
+        self.tokens: list[int] | None = None if request.prompt is None else list(request.prompt)
+        self.length = request.prompt_len
+        self.target = request.prompt_len
+        """Known tokens to compute before the next one can be sampled (grows by replayed output)."""
+        self.computed = 0
+        self.cached = 0
+        self.emitted = 0
+        self.first_answer = True
+        self.slot = -1
+        self.blocks: list[int] = []
+        self.keys: list[Key] = []
+        self.published = 0
+        self.group: DecodeGroup | None = None
+        self.join_step = 0
+        self.join_length = 0
+        self.last_batch = -1
+        self.preempted = 0
+        self.prompt_logprobs: list[TokenLogprobs] = []
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller runs earlier and is preempted later."""
+        return (self.request.priority, self.order)
+
+    @property
+    def left(self) -> int:
+        """Tokens still to prefill."""
+        return self.target - self.computed
+
+    @property
+    def output_length(self) -> int:
+        """Output tokens, known or in flight."""
+        return self.current_length() - self.request.prompt_len
+
+    def current_length(self) -> int:
+        """`length`, advanced lazily while in a group."""
+        if self.group is not None:
+            return self.join_length + self.group.steps - self.join_step
+        return self.length
+
+    def whole_keys(self, block_tokens: int, limit: int) -> list[Key]:
+        """Keys of the whole blocks within the first `limit` known tokens, computed once."""
+        whole = limit // block_tokens
+        if self.tokens is not None:
+            while len(self.keys) < whole:
+                k = len(self.keys)
+                parent = self.keys[-1] if k else None
+                self.keys.append(chain_key(parent, self.tokens[k * block_tokens : (k + 1) * block_tokens]))
+        elif not self.keys and self.request.block_keys:
+            self.keys = list(self.request.block_keys)
+        return self.keys[:whole]
+
+
+class DecodeGroup:
+    """Sequences that decode in the same batches: one micro-batch of a pipeline.
+
+    Cost per step is O(rows that need attention): a heap says at which step a row next needs a KV block or
+    reaches its cap; everything else about a row follows from the step count.
+    """
+
+    def __init__(self, group_id: int, block_tokens: int) -> None:
+        self.group_id = group_id
+        self.block_tokens = block_tokens
+        self.steps = 0
+        self.rows: dict[int, Sequence] = {}
+        self.pending: list[Sequence] = []
+        """Rows that join with the next batch of this group."""
+        self.context = 0
+        """Sum of current_length over rows: the keys that the next step reads."""
+        self.in_flight = 0
+        self.last_batch = -1
+        self.joining: list[int] = []
+        self.leaving: list[int] = []
+        self._due: list[tuple[int, int, Any]] = []
+        self._snapshot: tuple[Sequence, ...] | None = ()
+
+    @property
+    def size(self) -> int:
+        """Rows of the next batch, joiners included."""
+        return len(self.rows) + len(self.pending)
+
+    def snapshot(self) -> tuple[Sequence, ...]:
+        """The rows in order, as the workers see them."""
+        if self._snapshot is None:
+            self._snapshot = tuple(self.rows.values())
+        return self._snapshot
+
+    def join(self, seq: Sequence) -> None:
+        """Append a row; its next position must have a block by the time of the step."""
+        seq.group, seq.join_step, seq.join_length = self, self.steps, seq.length
+        self.rows[seq.slot] = seq
+        self.context += seq.length
+        self._snapshot = None
+        self.joining.append(seq.slot)
+        self.watch(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Take a row out; workers hear of it with the next batch of this group."""
+        seq.length = seq.current_length()
+        seq.group = None
+        seq.last_batch = max(seq.last_batch, self.last_batch)
+        del self.rows[seq.slot]
+        self.context -= seq.length
+        self._snapshot = None
+        if seq.slot in self.joining:  # the workers never heard of it
+            self.joining.remove(seq.slot)
+        else:
+            self.leaving.append(seq.slot)
+
+    def watch(self, seq: Sequence) -> None:
+        """Note the step at which `seq` next needs a block or samples its last token."""
+        length = seq.current_length()
+        to_block = len(seq.blocks) * self.block_tokens - length + 1
+        to_last = seq.request.max_tokens - (length - seq.request.prompt_len) - 1
+        heapq.heappush(self._due, (self.steps + max(0, min(to_block, to_last)), seq.order, seq))
+
+    def due(self) -> list[Sequence]:
+        """Rows that need attention before the next step, in order of arrival; each is to be watched again."""
+        out: list[Sequence] = []
+        while self._due and self._due[0][0] <= self.steps:
+            seq = heapq.heappop(self._due)[2]
+            if seq.group is self and seq not in out:
+                out.append(seq)
+        return out
+
+    def next_due(self) -> int:
+        """Steps until some row needs attention; a large number if none does."""
+        while self._due and self._due[0][2].group is not self:
+            heapq.heappop(self._due)
+        return self._due[0][0] - self.steps if self._due else 1 << 30
+
+    def advance(self, batch_id: int) -> None:
+        """One step was issued."""
+        self.steps += 1
+        self.context += len(self.rows)
+        self.last_batch = batch_id

@@ -1,0 +1,373 @@
+"""The live body: obeys the brain with real workers, and tells it what happened. It holds no policy.
+
+One asyncio loop: events go into `Brain.step` in the order they are seen, commands are carried out at once.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+from msgspec import Struct
+
+from evener.brain import Brain, BrainConfig
+from evener.cost.base import CostModel
+from evener.engine.events import (
+    Answer,
+    Arrived,
+    BatchDone,
+    Cancelled,
+    Event,
+    Hold,
+    IssueBatch,
+    Refuse,
+    SetTimer,
+    Shutdown,
+    TimerFired,
+    WorkerDown,
+)
+from evener.engine.request import Request
+from evener.errors import (
+    ContextTooLong,
+    EvenerError,
+    Overloaded,
+    StartFailed,
+    Unavailable,
+    WorkerLost,
+)
+from evener.execute.base import ReplicaStatus, Status
+from evener.execute.live.launch import SocketDir, WorkerProcess
+from evener.execute.live.record import Recorder
+from evener.execute.live.transport.shm import Segment
+from evener.execute.live.wire import Done, Lost, Ready, Stop, Work, WorkerConfig, decode_from_worker, encode
+from evener.execute.live.wiring import layout_of
+from evener.spec.cluster import Cluster
+from evener.spec.model import ModelSpec
+from evener.spec.plan import Plan
+from evener.units import Nanoseconds, Seconds, seconds
+
+
+class LiveConfig(Struct, frozen=True):
+    """Everything the live body needs besides the model, the plan and the costs."""
+
+    model_path: str
+    dtype: str = "fp32"
+    max_model_len: int = 2048
+    max_top_logprobs: int = 20
+    start_timeout: Seconds = Seconds(120.0)
+    wait_deadline: Seconds = Seconds(60.0)
+    """A worker that keeps its peers or the control process waiting longer than this counts as hung."""
+    record: str | None = None
+    """File that receives every event and command, for replay."""
+
+
+class LiveEngine:
+    """`Engine` over worker processes. Make one with `LiveEngine.start`."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        plan: Plan,
+        cluster: Cluster,
+        kv_blocks: list[int],
+        costs: CostModel,
+        brain_config: BrainConfig,
+        config: LiveConfig,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.max_model_len = config.max_model_len
+        self.max_top_logprobs = config.max_top_logprobs
+        self.cluster = cluster
+        self.config = config
+        self.brain_config = brain_config
+        self.brain = Brain(plan, kv_blocks, costs, brain_config)
+        self.ready: dict[str, Ready] = {}
+        self._kv_blocks = kv_blocks
+        self._workers: dict[str, WorkerProcess] = {}
+        self._segments: list[Segment | None] = []
+        self._streams: dict[str, asyncio.Queue[Answer | EvenerError]] = {}
+        self._timers: dict[int, asyncio.TimerHandle] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._progress: dict[int, float] = {}
+        """Replica -> last time it was seen to get on."""
+        self._loaded = asyncio.Event()
+        self._failed: StartFailed | None = None
+        self._closed = False
+        self._recorder = Recorder(Path(config.record)) if config.record else None
+
+    # ---- start and stop ---------------------------------------------------------------------------------------
+
+    @classmethod
+    async def start(cls, *args: Any, progress: Callable[[str], None] | None = None, **kwargs: Any) -> "LiveEngine":
+        """Start all workers and wait until each has loaded. Raises StartFailed; then nothing is left running."""
+        engine = cls(*args, **kwargs)
+        try:
+            await engine._start(progress)
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    async def _start(self, progress: Callable[[str], None] | None) -> None:
+        self._dir = SocketDir()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(self._dir.endpoint)
+        for r, replica in enumerate(self.plan.replicas):
+            devices = tuple(self.cluster.device(d) for d in replica.devices())
+            links = self.cluster.links
+            segment: Segment | None = None
+            if len(devices) > 1:
+                tokens = self.brain_config.max_num_batched_tokens + self.brain_config.max_num_seqs
+                segment = Segment.create(layout_of(replica, links, self.model.hidden, tokens))
+            self._segments.append(segment)
+            for s, stage in enumerate(replica.stages):
+                for rank, shard in enumerate(stage.shards):
+                    config = WorkerConfig(
+                        model=self.config.model_path,
+                        spec=self.model,
+                        replica=replica,
+                        replica_index=r,
+                        stage=s,
+                        rank=rank,
+                        device=self.cluster.device(shard.device),
+                        devices=devices,
+                        links=links,
+                        epoch=self.plan.epoch,
+                        dtype=self.config.dtype,
+                        kv_blocks=self._kv_blocks[r],
+                        block_tokens=self.brain_config.block_tokens,
+                        max_num_seqs=self.brain_config.max_num_seqs,
+                        max_model_len=self.max_model_len,
+                        max_batch_tokens=self.brain_config.max_num_batched_tokens + self.brain_config.max_num_seqs,
+                        endpoint=self._dir.endpoint,
+                        segment_fd=segment.fd if segment is not None else -1,
+                        wait_deadline_s=self.config.wait_deadline,
+                    )
+                    worker = WorkerProcess(config)
+                    self._workers[worker.name] = worker
+                    self._tasks.append(asyncio.create_task(self._watch(worker), name=f"watch {worker.name}"))
+        self._tasks.append(asyncio.create_task(self._receive(progress), name="receive"))
+        try:
+            await asyncio.wait_for(self._loaded.wait(), self.config.start_timeout)
+        except TimeoutError:
+            missing = ", ".join(sorted(set(self._workers) - set(self.ready)))
+            raise StartFailed(
+                f"worker {missing} not ready after {self.config.start_timeout:.0f} s; raise --start-timeout, "
+                "or look for what keeps it (memory, a slow disk)"
+            ) from None
+        if self._failed is not None:
+            raise self._failed
+        self._tasks.append(asyncio.create_task(self._watch_progress(), name="watch progress"))
+
+    async def close(self) -> None:
+        """Fail what is unfinished, stop the workers, free everything; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._consume(Shutdown("the server is shutting down"))
+        for timer in self._timers.values():
+            timer.cancel()
+        for name in self.ready:
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.send_multipart([name.encode(), encode(Stop())], flags=zmq.NOBLOCK)
+        deadline = time.monotonic() + 5.0
+        while any(w.process.poll() is None for n, w in self._workers.items() if n in self.ready):
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.02)
+        for worker in self._workers.values():
+            worker.kill()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for worker in self._workers.values():
+            worker.close()
+        for segment in self._segments:
+            if segment is not None:
+                segment.close()
+        if hasattr(self, "_socket"):
+            self._socket.close()
+            self._context.term()
+            self._dir.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    # ---- Engine -----------------------------------------------------------------------------------------------
+
+    async def submit(self, request: Request) -> AsyncIterator[Answer]:
+        """See Engine."""
+        if request.request_id in self._streams:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        queue: asyncio.Queue[Answer | EvenerError] = asyncio.Queue()
+        self._streams[request.request_id] = queue
+        try:
+            self._consume(Arrived(request))
+            while True:
+                answer = await queue.get()
+                if isinstance(answer, EvenerError):
+                    raise answer
+                yield answer
+                if answer.finish is not None:
+                    return
+        finally:
+            # Closed early: the client left.
+            if self._streams.pop(request.request_id, None) is not None and not self._closed:
+                self._consume(Cancelled(request.request_id))
+
+    def cancel(self, request_id: str, stopped: bool = False) -> None:
+        """See Engine."""
+        self._consume(Cancelled(request_id, stopped))
+
+    def status(self) -> Status:
+        """See Engine."""
+        replicas = []
+        for replica, part in zip(self.brain.replicas, self.plan.replicas, strict=True):
+            down = self.brain.down.get(replica.index)
+            replicas.append(
+                ReplicaStatus(
+                    replica=replica.index,
+                    devices=part.devices(),
+                    alive=down is None,
+                    reason=down or "",
+                    running=replica.running_rows(),
+                    waiting=replica.waiting_rows(),
+                    in_flight=len(replica.in_flight),
+                    kv_blocks=replica.pool.n_blocks,
+                    kv_blocks_free=replica.pool.available,
+                    preemptions=replica.preemptions,
+                    prefix_hit_tokens=replica.prefix_hit_tokens,
+                    prompt_tokens=replica.prompt_tokens,
+                    output_tokens=replica.output_tokens,
+                )
+            )
+        ready = not self._closed and len(self.brain.down) < len(self.brain.replicas)
+        reason = ""
+        if self._closed:
+            reason = "the server is shutting down"
+        elif self.brain.down:
+            reason = self.brain.no_replica_reason()
+        return Status(ready, tuple(replicas), reason)
+
+    # ---- events in, commands out ------------------------------------------------------------------------------
+
+    def _consume(self, event: Event) -> None:
+        now = Nanoseconds(time.monotonic_ns())
+        commands = self.brain.step(event, now)
+        if self._recorder is not None:
+            self._recorder.add(now, event, commands)
+        for command in commands:
+            if isinstance(command, Answer):
+                queue = self._streams.get(command.request_id)
+                if queue is not None:
+                    queue.put_nowait(command)
+                    if command.finish is not None:
+                        del self._streams[command.request_id]
+            elif isinstance(command, IssueBatch):
+                self._issue(command)
+            elif isinstance(command, Refuse):
+                queue = self._streams.pop(command.request_id, None)
+                if queue is not None:
+                    queue.put_nowait(_as_error(command))
+            elif isinstance(command, SetTimer):
+                delay = max(0.0, seconds(command.at - now))
+                timer = command.timer_id
+                self._timers[timer] = asyncio.get_running_loop().call_later(delay, self._fire, timer)
+            else:
+                assert isinstance(command, Hold)  # the ledger's business; nothing to carry out
+
+    def _fire(self, timer_id: int) -> None:
+        self._timers.pop(timer_id, None)
+        if not self._closed:
+            self._consume(TimerFired(timer_id))
+
+    def _issue(self, command: IssueBatch) -> None:
+        if len(self.brain.replicas[command.replica].in_flight) == 1:  # it was idle: its time starts now
+            self._progress[command.replica] = time.monotonic()
+        data = encode(Work(command.batch))
+        for device in self.plan.replicas[command.replica].devices():
+            try:
+                # No high-water mark is set, so this queues at once and the future is done.
+                self._socket.send_multipart([device.encode(), data], flags=zmq.NOBLOCK)
+            except zmq.ZMQError:
+                return  # its process is gone; the watcher says so with the reason
+
+    async def _receive(self, progress: Callable[[str], None] | None) -> None:
+        while True:
+            _, data = await self._socket.recv_multipart()
+            try:
+                message = decode_from_worker(data)
+            except msgspec.DecodeError as error:
+                raise AssertionError(f"a worker sent what is no message: {error}") from error
+            if isinstance(message, Done):
+                self._progress[message.replica] = time.monotonic()
+                self._consume(BatchDone(message.replica, message.result))
+            elif isinstance(message, Ready):
+                self.ready[message.device] = message
+                if progress is not None:
+                    progress(f"{message.device} ready in {message.load_s:.1f} s")
+                if len(self.ready) == len(self._workers):
+                    self._loaded.set()
+            elif isinstance(message, Lost):
+                self._lost(message.lost, message.reason)
+
+    # ---- failures ---------------------------------------------------------------------------------------------
+
+    async def _watch(self, worker: WorkerProcess) -> None:
+        how = await worker.wait()
+        if not self._closed:
+            self._lost(worker.name, how)
+
+    def _lost(self, device: str, reason: str) -> None:
+        """A worker is lost: fence its replica, so that nobody waits for it, and tell the brain."""
+        if not self._loaded.is_set():
+            self._failed = StartFailed(f"worker {device} did not start: {reason}")
+            self._loaded.set()
+            return
+        # A peer may name several devices; the first one stands for the replica.
+        device = device.split(", ")[0]
+        index = next((k for k, r in enumerate(self.plan.replicas) if device in r.devices()), None)
+        if index is None or index in self.brain.down or self._closed:
+            return
+        segment = self._segments[index]
+        if segment is not None:
+            segment.abort(device, reason)
+        for name in self.plan.replicas[index].devices():
+            self._workers[name].kill()
+        if segment is not None:
+            segment.close()
+        self._consume(WorkerDown(device, reason))
+
+    async def _watch_progress(self) -> None:
+        """A replica with batches in flight and no result for too long has a hung worker."""
+        while True:
+            await asyncio.sleep(min(1.0, self.config.wait_deadline / 4))
+            now = time.monotonic()
+            for replica in self.brain.replicas:
+                late = now - self._progress.get(replica.index, now)
+                # Peers of a hung rank give up first and know which one it is.
+                if replica.in_flight and late > self.config.wait_deadline * 1.5:
+                    device = self.plan.replicas[replica.index].devices()[-1]
+                    self._lost(device, f"no result for {late:.0f} s with {len(replica.in_flight)} batches in flight")
+
+
+def _as_error(refusal: Refuse) -> EvenerError:
+    if refusal.code == "overloaded":
+        return Overloaded(refusal.message, refusal.retry_after_s)
+    if refusal.code == "context_length_exceeded":
+        return ContextTooLong(refusal.message, "max_tokens")
+    if refusal.code == "worker_lost":
+        lost = WorkerLost("", "")
+        lost.args = (refusal.message,)
+        lost.message = refusal.message
+        return lost
+    return Unavailable(refusal.message)
