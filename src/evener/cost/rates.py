@@ -70,7 +70,7 @@ class Rates(Struct, frozen=True):
         """Nanoseconds per weight (element of W) of a GEMM over `rows` rows; 0 for no rows.
 
         Between measured rows the time is interpolated, past the last one it grows at the last rate; it is never
-        below reading the weight once, and never falls as rows grow (see `_rising`). Raises InvalidInput for an unmeasured dtype.
+        below reading the weight once, and never falls as rows grow. Raises InvalidInput for an unmeasured dtype.
         """
         for table in self.gemm:
             if table.dtype == dtype:

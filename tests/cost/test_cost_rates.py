@@ -1,0 +1,88 @@
+"""Rates: interpolation, the memory roof, noise, and what is refused when read."""
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evener.cost.rates import Collective, GemmRates, Profile, Rates, bind, default_profile
+from evener.errors import InvalidDevice
+from evener.spec.cluster import parse_device
+from evener.spec.model import DTYPE_BYTES
+
+
+def rates(*points: tuple[int, float], read: float = 1e30) -> Rates:
+    return Rates((GemmRates("fp32", points),), read, 1e9, 1e9, 1.0)
+
+
+def test_gemm_between_and_beyond_measured_rows() -> None:
+    r = rates((1, 1e9), (4, 2e9), (16, 2e9))
+    got = r.gemm_ns("fp32", np.array([0, 1, 2, 4, 10, 16, 32]))
+    assert got.tolist() == pytest.approx([0, 2, 2 + 2 / 3, 4, 10, 16, 32])
+
+
+def test_gemm_is_never_below_one_reading_of_the_weights() -> None:
+    assert rates((1, 1e12), (64, 1e12), read=2e9).gemm_ns("fp32", np.array([1, 10])).tolist() == pytest.approx([2, 2])
+
+
+def test_noise_on_a_small_size_does_not_raise_the_larger_ones() -> None:
+    noisy = Collective("shm", 2, ((1024, 900.0), (2048, 20.0), (4096, 40.0)))
+    assert noisy.ns(np.array([1024.0, 2048.0, 3072.0, 8192.0])).tolist() == [20, 20, 30, 80]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(1e6, 1e12), min_size=1, max_size=6), st.floats(1e6, 1e12))
+def test_gemm_never_falls(measured: list[float], read: float) -> None:
+    points = tuple((4**k, rate) for k, rate in enumerate(measured))
+    cost = rates(*points, read=read).gemm_ns("fp32", np.arange(3 * 4 ** len(points)))
+    assert np.all(np.diff(cost) >= -1e-9 * cost[1:])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"points": ()},
+        {"points": ((0, 1.0),)},
+        {"points": ((4, 1.0), (1, 1.0))},
+        {"points": ((1, 0.0),)},
+        {"points": ((1, float("nan")),)},
+    ],
+)
+def test_bad_gemm_tables_are_refused(bad: dict[str, tuple[tuple[int, float], ...]]) -> None:
+    with pytest.raises(ValueError, match="gemm fp32"):
+        GemmRates("fp32", **bad)
+
+
+def test_a_profile_survives_json_and_refuses_impossible_figures() -> None:
+    profile = default_profile([parse_device("cpu:0"), parse_device("cuda:0")])
+    data = msgspec.json.encode(profile)
+    assert msgspec.json.decode(data, type=Profile) == profile
+    assert profile.source == "default" and "assumed" in profile.missing[0]
+    broken = data.replace(b'"op_ns":3000.0', b'"op_ns":-1')
+    assert broken != data
+    with pytest.raises(msgspec.ValidationError, match="op_ns is -1"):
+        msgspec.json.decode(broken, type=Profile)
+
+
+def test_assumed_rates_respect_the_memory_roof() -> None:
+    for d in default_profile([parse_device("cpu:0"), parse_device("cpu:0-7"), parse_device("cuda:0")]).devices:
+        for table in d.alone.gemm:
+            for rows, rate in table.points:
+                assert rate * DTYPE_BYTES[table.dtype] <= 2 * rows * d.alone.read_bandwidth * (1 + 1e-9)
+
+
+def test_bind_names_workers_slowdowns_and_sharers() -> None:
+    workers = [parse_device(x) for x in ("cpu:0,slowdown=2", "cpu:0#1", "cpu:1", "cpu:0-1#wide")]
+    profile = bind(default_profile([parse_device(x) for x in ("cpu:0", "cpu:1", "cpu:0-1")]), workers)
+    assert [(d.name, d.hardware, d.slowdown, d.sharers) for d in profile.devices] == [
+        ("cpu:0", "cpu:0", 2.0, 3),
+        ("cpu:0#1", "cpu:0", 1.0, 3),
+        ("cpu:1", "cpu:1", 1.0, 2),
+        ("cpu:0-1#wide", "cpu:0-1", 1.0, 3),
+    ]
+    assert bind(profile, workers) == profile
+    with pytest.raises(
+        InvalidDevice, match=r"cpu:7 is not in the profile \(has: cpu:0, .*evener devices --devices cpu:7"
+    ):
+        bind(profile, [parse_device("cpu:7#2")])
