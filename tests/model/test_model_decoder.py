@@ -125,6 +125,20 @@ def test_logits_of_chosen_rows_only(checkpoint):
     x_TH = torch.randn(5, source.spec.hidden)
     chosen = torch.tensor([4, 1])
     assert torch.allclose(model.logits(x_TH, chosen), model.logits(x_TH, torch.arange(5))[chosen], atol=1e-6)
+    assert model.logits(x_TH, torch.arange(0)).shape == (0, source.spec.vocab)
+
+
+def test_rotary_tables_may_stop_at_the_longest_position(checkpoint):
+    directory, model = checkpoint("llama3")
+    source = open_model(directory)
+    (stage,) = stages(source.spec)
+    short = StageModel(source, source.spec, stage, stage.shards[0], first_stage=True, last_stage=True, rank=0,
+                       max_position=len(PROMPTS[0]))  # fmt: skip
+    short.allocate_kv(17)
+    deployment = Deployment(source, [stage])
+    deployment.models[0][0] = short
+    assert short._cos_PD.shape == (19, source.spec.head_dim // 2)
+    check(deployment, model)
 
 
 def test_tied_rows_are_stored_once(checkpoint):

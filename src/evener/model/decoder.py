@@ -48,8 +48,11 @@ class StageModel:
         rank: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        max_position: int | None = None,
     ) -> None:
         """Load this shard's weights and nothing more. `rank` is the shard's place in the stage's group.
+
+        `max_position` bounds the positions that will be run (None: all that the model has), and so the rotary tables.
 
         Raises InvalidInput for a dtype that is not computed in, UnsupportedModel when a weight cannot be read.
         """
@@ -60,7 +63,7 @@ class StageModel:
         read = Reader(source, dtype, self.device)
         self.layers = load_layers(read, spec, stage, shard, rank)
         self.ends = load_ends(read, spec, shard, first_stage, last_stage)
-        cos_PD, sin_PD = rope_tables(spec, spec.max_position, source.rope_divisors())
+        cos_PD, sin_PD = rope_tables(spec, max_position or spec.max_position, source.rope_divisors())
         self._cos_PD, self._sin_PD = cos_PD.to(self.device), sin_PD.to(self.device)
 
         kv_a, kv_b = shard.kv_heads(spec)

@@ -29,6 +29,9 @@ _SCALAR = {
 }  # fmt: skip
 
 
+_LENGTH = struct.Struct("<Q")
+
+
 class TensorEntry(NamedTuple):
     """One line of the tensor table."""
 
@@ -79,7 +82,9 @@ class GgufFile:
         step = max(1, CHUNK_ELEMENTS // ((last - first) * block))
         for at in range(0, len(order), step):
             raw = np.ascontiguousarray(data[order[at : at + step], first * block_bytes : last * block_bytes])
-            out[at : at + step] = dequantize(raw, entry.kind)[:, skip : skip + out.shape[1]]
+            # Blocks stand alone: one long row spares gguf its loop over groups of rows.
+            decoded = dequantize(raw.reshape(1, -1), entry.kind).reshape(raw.shape[0], -1)
+            out[at : at + step] = decoded[:, skip : skip + out.shape[1]]
         return out
 
 
@@ -135,13 +140,11 @@ class _Header:
         return value
 
     def _string(self) -> str:
-        length = self._one("Q")
-        end = self.at + length
-        if end > len(self.data):
+        (length,) = _LENGTH.unpack_from(self.data, self.at)
+        start, self.at = self.at + 8, self.at + 8 + length
+        if self.at > len(self.data):
             raise ValueError("it ends inside a string")
-        text = str(self.data[self.at : end], "utf-8")
-        self.at = end
-        return text
+        return str(self.data[start : self.at], "utf-8")
 
     def _value(self, kind: GGUFValueType) -> Any:
         if kind == GGUFValueType.STRING:
@@ -155,4 +158,6 @@ class _Header:
             values = list(struct.unpack_from(f"<{count}{_SCALAR[kind]}", self.data, self.at))
             self.at += struct.calcsize(f"<{count}{_SCALAR[kind]}")
             return values
+        if kind == GGUFValueType.STRING:
+            return [self._string() for _ in range(count)]  # the vocabulary and the merges: most of the header
         return [self._value(kind) for _ in range(count)]

@@ -1,5 +1,6 @@
 """The KV cache of one shard: tensors only; who owns which block is the engine's business."""
 
+import numpy as np
 import torch
 
 from evener.errors import InvalidInput
@@ -19,10 +20,17 @@ class KVSlabs:
     ) -> None:
         if blocks < 1:
             raise InvalidInput(f"a KV cache of {blocks} blocks holds no token; give it at least 1")
-        self.k = torch.zeros(layers, kv_heads, blocks, head_dim, BLOCK_TOKENS, device=device)
-        self.v = torch.zeros(layers, kv_heads, blocks, BLOCK_TOKENS, head_dim, device=device)
+        self.k = _zeros((layers, kv_heads, blocks, head_dim, BLOCK_TOKENS), device)
+        self.v = _zeros((layers, kv_heads, blocks, BLOCK_TOKENS, head_dim), device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of both slabs."""
         return self.k.nbytes + self.v.nbytes
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
+    """fp32 zeros. On the CPU the kernel's own zero pages: memory is taken as blocks are first written."""
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(np.zeros(shape, dtype=np.float32))
+    return torch.zeros(shape, device=device)
