@@ -1,5 +1,6 @@
 """The ASGI application: every endpoint over one engine."""
 
+import asyncio
 import hmac
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -9,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from evener.errors import InvalidInput, Unauthorized
+from evener.errors import InvalidInput, Unauthorized, Unavailable
 from evener.execute.base import Engine
 from evener.serve import chat, completions, errors, health, metrics, models, tokenize
 from evener.serve.front import VERSION, Front, FrontConfig
@@ -70,7 +71,11 @@ class Gate:
             await self._app(scope, receive, send)
             return
 
+        started = False
+
         async def counted(message: Message) -> None:
+            nonlocal started
+            started = True
             if message["type"] == "http.response.start":
                 route = scope.get("route")
                 self._metrics.answered(getattr(route, "path", "other"), message["status"])
@@ -80,7 +85,13 @@ class Gate:
             refusal = Unauthorized("the API key is missing or wrong; send 'Authorization: Bearer KEY'")
             await errors.error_response(refusal)(scope, receive, counted)
             return
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except asyncio.CancelledError:
+            # The server stops and this request has outlived the grace period. A stream just breaks off.
+            if not started:
+                stopping = Unavailable("the server is stopping; send the request again when it is back")
+                await errors.error_response(stopping)(scope, receive, counted)
 
     def _authorised(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")

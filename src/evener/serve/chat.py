@@ -4,11 +4,11 @@ import inspect
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 from starlette.responses import Response
 from transformers import PreTrainedTokenizerBase
 
@@ -40,8 +40,18 @@ class Message(Struct, frozen=True, kw_only=True):
     content: str | Annotated[list[TextPart], Meta(min_length=1)]
 
 
-class ChatFields(Struct, kw_only=True):
-    """How messages become a prompt; /tokenize has them too."""
+class Conversation(Protocol):
+    """Fields that say how messages become a prompt; /tokenize has them too (msgspec records cannot mix in)."""
+
+    messages: list[Message]
+    add_generation_prompt: bool | None
+    continue_final_message: bool
+    add_special_tokens: bool
+    chat_template_kwargs: dict[str, Any]
+
+
+class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
+    """The body."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     add_generation_prompt: bool | None = None
@@ -50,12 +60,8 @@ class ChatFields(Struct, kw_only=True):
     """Leave the last message open and write on."""
     add_special_tokens: bool = False
     """Templates write their own."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables of the template."""
-
-
-class ChatRequest(GenerationFields, ChatFields, kw_only=True, forbid_unknown_fields=True):
-    """The body."""
 
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -152,7 +158,7 @@ def router(front: Front) -> APIRouter:
     """The endpoint."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", **declare(ChatCompletion, ChatRequest, stream=True))
+    @routes.post("/v1/chat/completions", **declare(ChatCompletion, ChatRequest, chunk=ChatChunk))
     async def chat(request: HttpRequest) -> Response:
         """Answer a conversation."""
         arrived = time.perf_counter()
@@ -216,7 +222,7 @@ _MESSAGE_REFUSED = {"name", "tool_calls", "tool_call_id", "function_call", "refu
                     "audio", "annotations"}  # fmt: skip
 
 
-async def chat_prompt(front: Front, body: ChatFields) -> list[int]:
+async def chat_prompt(front: Front, body: Conversation) -> list[int]:
     """Tokens of the rendered conversation. Raises InvalidRequest or ContextTooLong."""
     if body.add_generation_prompt and body.continue_final_message:
         raise InvalidRequest(

@@ -76,7 +76,7 @@ def router(front: Front) -> APIRouter:
     """The endpoint."""
     routes = APIRouter()
 
-    @routes.post("/v1/completions", **declare(Completion, CompletionRequest, stream=True))
+    @routes.post("/v1/completions", **declare(Completion, CompletionRequest, chunk=Completion))
     async def complete(request: HttpRequest) -> Response:
         """Continue a prompt, or several."""
         arrived = time.perf_counter()

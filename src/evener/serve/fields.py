@@ -146,7 +146,7 @@ def _explain(error: msgspec.ValidationError, raw: Any) -> InvalidRequest:
     """`Expected `int` >= 1 - at `$.n`` -> `n=0: expected int >= 1`."""
     match = _PATH.match(str(error))
     assert match is not None
-    what, path = match["what"].replace("`", ""), (match["path"] or "").lstrip(".")
+    what, path = match["what"].replace("`", ""), (match["path"] or "").lstrip(".").replace("[...]", "")
     if missing := re.search(r"missing required field (\S+)", what):
         param = f"{path}.{missing[1]}".lstrip(".")
         return InvalidRequest(f"{param} is missing; it is required", param)
@@ -157,7 +157,7 @@ def _explain(error: msgspec.ValidationError, raw: Any) -> InvalidRequest:
 
 
 def _at(raw: Any, path: str) -> Any:
-    """The value at msgspec's path `messages[0].content`, as far as it can be followed (`[...]` is any key)."""
+    """The value at msgspec's path `messages[0].content`."""
     for name, index in re.findall(r"\.?(\w+)|\[(\d+)\]", path):
         if isinstance(raw, dict) and name in raw:
             raw = raw[name]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import os
 import signal
 import socket
 from collections.abc import Callable, Generator
@@ -73,6 +74,8 @@ async def _watch(server: _Server, port: int, ready: Callable[[int], None] | None
 
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises StartFailed with the remedy."""
+    if not 0 <= port <= 65535:  # the resolver would silently take it modulo 65536
+        raise StartFailed(f"port {port} is not between 0 and 65535; choose another with --port")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
@@ -83,6 +86,5 @@ def _listen(host: str, port: int) -> socket.socket:
             errno.EADDRNOTAVAIL: "this host has no such address; choose another with --host",
         }
         remedy = remedies.get(error.errno or 0, "check --host and --port")
-        raise StartFailed(f"cannot listen on {host}:{port} ({error.strerror or error}); {remedy}") from error
-    except OverflowError as error:
-        raise StartFailed(f"port {port} is not between 0 and 65535; choose another with --port") from error
+        reason = os.strerror(error.errno) if error.errno in remedies else error.strerror
+        raise StartFailed(f"cannot listen on {host}:{port} ({reason}); {remedy}") from error

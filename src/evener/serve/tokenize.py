@@ -1,10 +1,12 @@
 """POST /tokenize and /detokenize, in vLLM's shapes."""
 
+from typing import Annotated, Any
+
 from fastapi import APIRouter, Request
-from msgspec import Struct
+from msgspec import Meta, Struct
 from starlette.responses import Response
 
-from evener.serve.chat import ChatFields, chat_prompt, check_messages
+from evener.serve.chat import Message, chat_prompt, check_messages
 from evener.serve.errors import json_response
 from evener.serve.fields import read_json, to_record
 from evener.serve.front import Front
@@ -21,9 +23,14 @@ class TokenizeText(Struct, kw_only=True, forbid_unknown_fields=True):
     return_token_strs: bool = False
 
 
-class TokenizeChat(ChatFields, kw_only=True, forbid_unknown_fields=True):
-    """A conversation to render and tokenise."""
+class TokenizeChat(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A conversation to render and tokenise; fields as in `ChatRequest`."""
 
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
     model: str | None = None
     return_token_strs: bool = False
 

@@ -51,11 +51,18 @@ def ref(record: type[Struct]) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{record.__name__}"}
 
 
-def declare(answer: type[Struct], body: type[Struct] | None = None, stream: bool = False) -> dict[str, Any]:
-    """Keyword arguments of a FastAPI route: its request body, answers and errors in the OpenAPI document."""
+def declare(
+    answer: type[Struct], body: type[Struct] | None = None, chunk: type[Struct] | None = None
+) -> dict[str, Any]:
+    """Keyword arguments of a FastAPI route: its request body, answers and errors in the OpenAPI document.
+
+    `chunk`: the record in each event, where the answer may be streamed.
+    """
     content: dict[str, Any] = {"application/json": {"schema": ref(answer)}}
-    if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+    if chunk is not None:
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": ref(chunk)}
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        content["text/event-stream"] = {"schema": event}
     errors = [400, 401, 404, 413, 415, 429, 500, 503] if body else [401, 404, 500]
     wrong = {"description": "OpenAI's error shape", "content": {"application/json": {"schema": ref(ErrorBody)}}}
     responses = {200: {"description": "OK", "content": content}, **dict.fromkeys(errors, wrong)}
