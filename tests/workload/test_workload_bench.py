@@ -1,6 +1,10 @@
 """`evener bench` as a user runs it."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,3 +198,23 @@ def test_offline_refuses_what_the_model_cannot_take(engine: FakeEngine, args: tu
         run(*OFFLINE, *args)
     assert message in error.value.message
     assert engine.closed == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_reports_what_was_done(url: str, script: Script) -> None:
+    script.modes = ["ok", "ok", "hang"]
+    command = [sys.executable, "-c", "from evener.cli.main import main; main()", "bench", "--url", url, "--json"]
+    process = subprocess.Popen(
+        [*command, "--requests", "5", "--concurrency", "1", *SMALL], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        while len(script.bodies) < 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    got = json.loads(out)
+    assert process.returncode == 130
+    assert got["interrupted"] and got["completed"] == 2 and got["failures"] == {"unfinished": 3}
