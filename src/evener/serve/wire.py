@@ -60,7 +60,9 @@ def declare(
     """
     content: dict[str, Any] = {"application/json": {"schema": ref(answer)}}
     if chunk is not None:
-        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": ref(chunk)}
+        records = [{"type": "string", "contentMediaType": "application/json", "contentSchema": ref(record)}
+                   for record in (chunk, ErrorBody)]  # fmt: skip
+        data = {"anyOf": [{"const": "[DONE]"}, *records]}
         event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
         content["text/event-stream"] = {"schema": event}
     errors = [400, 401, 404, 413, 415, 429, 500, 503] if body else [401, 404, 500]
