@@ -1,0 +1,36 @@
+"""One language model, served live over several, possibly unlike, devices.
+
+Reading guide, in layer order (imports point downwards only):
+
+    spec      WHAT EXISTS     models, devices, plans, memory: frozen data
+    cost      HOW LONG        the cost-model contract, a roofline
+    engine    WHAT NEXT       requests, batches, KV blocks, scheduling policies, one replica's scheduler
+    router    WHICH REPLICA   the choice, and how long answers may become
+    brain     all of these    one pure state machine: step(event, now) -> commands
+    execute   WHO DOES IT     two bodies of the brain: sim (virtual clock), live (worker processes, transports)
+    kernels   model           the native CPU kernels, and the maths that uses them
+    profile   plan            measured devices, default plans
+    api       llm             from options to a running engine; offline generation
+    workload  serve   cli     load client, OpenAI-compatible HTTP, commands
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evener.errors import EvenerError
+    from evener.llm import LLM, SamplingParams
+
+__all__ = ["LLM", "EvenerError", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `import evener` stays light, and pulls in no torch.
+    if name in ("LLM", "SamplingParams"):
+        from evener import llm
+
+        return getattr(llm, name)
+    if name == "EvenerError":
+        from evener.errors import EvenerError
+
+        return EvenerError
+    raise AttributeError(f"module 'evener' has no attribute {name!r}")
