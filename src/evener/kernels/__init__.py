@@ -7,11 +7,12 @@ A function runs natively for fp32 tensors on the CPU, and in `reference` for eve
 
 from evener.kernels.attention import paged_attention
 from evener.kernels.rows import add_rms_norm, rms_norm, rope_write_kv, silu_mul
-from evener.kernels.runtime import isa, set_isa, set_threads, threads
+from evener.kernels.runtime import advise_huge_pages, isa, set_isa, set_threads, threads
 from evener.kernels.sampling import argmax_rows, gumbel_argmax, gumbel_noise, logsumexp_rows, top_candidates
 
 __all__ = [
     "add_rms_norm",
+    "advise_huge_pages",
     "argmax_rows",
     "gumbel_argmax",
     "gumbel_noise",

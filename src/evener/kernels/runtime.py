@@ -2,6 +2,8 @@
 
 import os
 
+import torch
+
 from evener.errors import InvalidInput
 from evener.kernels import _native
 
@@ -34,6 +36,15 @@ def set_threads(n: int) -> None:
     if not 1 <= n <= 256:
         raise InvalidInput(f"{n} kernel threads asked for, 1..256 are possible; use the number of the worker's cores")
     _native.set_threads(n)
+
+
+def advise_huge_pages(tensor: torch.Tensor) -> bool:
+    """Ask the system to back a CPU tensor by huge pages; call it before the first write. False if it will not.
+
+    KV blocks lie all over their slab, so that with small pages nearly every block costs a walk of the page table
+    (decode attention over a long context is half as fast again with huge ones). Small tensors have no whole huge page.
+    """
+    return tensor.is_cpu and _native.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 set_isa(os.environ.get("EVENER_ISA", ""))

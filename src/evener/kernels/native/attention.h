@@ -25,23 +25,39 @@ constexpr int wide(int rows) {
   return n >= 4 ? 4 : n >= 2 ? 2 : 1;
 }
 
+// sum[r][v] += of_row(r) * of_column(v), holding the fewer of the two in registers beside the sums.
+template <int R, int V, typename Row, typename Column>
+EVENER_INLINE void outer_product(vf (&sum)[R][V], Row&& of_row, Column&& of_column) {
+  if constexpr (R >= V) {
+    vf column[V];
+    EVENER_UNROLL for (int v = 0; v < V; ++v) column[v] = of_column(v);
+    EVENER_UNROLL for (int r = 0; r < R; ++r) {
+      vf row = of_row(r);
+      EVENER_UNROLL for (int v = 0; v < V; ++v) sum[r][v] += row * column[v];
+    }
+  } else {
+    vf row[R];
+    EVENER_UNROLL for (int r = 0; r < R; ++r) row[r] = of_row(r);
+    EVENER_UNROLL for (int v = 0; v < V; ++v) {
+      vf column = of_column(v);
+      EVENER_UNROLL for (int r = 0; r < R; ++r) sum[r][v] += row[r] * column;
+    }
+  }
+}
+
 EVENER_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // s[r][16 j + key] = sum_d q[d][r] * k[j][d][key] for blocks j in [0, N). `next` (or nullptr): blocks to fetch ahead.
 template <int R, int N, bool AHEAD>
 EVENER_INLINE void scores_of(const float* q, const float* const* k, const float* const* next, int64_t dim, float* s) {
   vf sum[R][N * LANES] = {};
-#pragma GCC unroll 2
   for (int64_t d = 0; d < dim; ++d) {
-    vf row[R];
-    EVENER_UNROLL for (int r = 0; r < R; ++r) row[r] = set1(q[d * R + r]);
-    EVENER_UNROLL for (int j = 0; j < N; ++j) {
-      if (AHEAD) prefetch(next[j] + d * BLOCK);
-      EVENER_UNROLL for (int v = 0; v < LANES; ++v) {
-        vf key = load(k[j] + d * BLOCK + v * W);
-        EVENER_UNROLL for (int r = 0; r < R; ++r) sum[r][j * LANES + v] += row[r] * key;
-      }
+    if (AHEAD) {
+      EVENER_UNROLL for (int j = 0; j < N; ++j) prefetch(next[j] + d * BLOCK);
     }
+    outer_product(
+        sum, [&](int r) EVENER_INLINED { return set1(q[d * R + r]); },
+        [&](int v) EVENER_INLINED { return load(k[v / LANES] + d * BLOCK + v % LANES * W); });
   }
   EVENER_UNROLL for (int r = 0; r < R; ++r) {
     EVENER_UNROLL for (int v = 0; v < N * LANES; ++v) store(s + r * KEY_TILE + v * W, sum[r][v]);
@@ -57,52 +73,37 @@ void scores(const float* q, const float* const* k, const float* const* next, int
     for (; j < blocks; ++j) scores_of<R, 1, AHEAD>(q, k + j, next + j, dim, s + j * BLOCK);
 }
 
-// out[r][d] += sum_key p[r][key] * v[key][d] for 16 N columns.
+// out[r][d] += sum_key p[r][key] * v[key][d] for 16 N columns from d = first.
 template <int R, int N, bool AHEAD>
 EVENER_INLINE void values_of(const float* p, const float* const* v, const float* const* next, int keys, int64_t dim,
-                             float* out) {
+                             int64_t first, float* out) {
   vf sum[R][N * LANES];
   EVENER_UNROLL for (int r = 0; r < R; ++r) {
-    EVENER_UNROLL for (int c = 0; c < N * LANES; ++c) sum[r][c] = load(out + r * dim + c * W);
+    EVENER_UNROLL for (int c = 0; c < N * LANES; ++c) sum[r][c] = load(out + r * dim + first + c * W);
   }
-  for (int j = 0; j * BLOCK < keys; ++j) {
-    int n = keys - j * BLOCK < BLOCK ? keys - j * BLOCK : BLOCK;
-    const float *from = v[j], *ahead = next[j], *weight = p + j * BLOCK;
-#pragma GCC unroll 2
-    for (int t = 0; t < n; ++t) {
-      vf row[R];
-      EVENER_UNROLL for (int r = 0; r < R; ++r) row[r] = set1(weight[r * KEY_TILE + t]);
-      if (AHEAD) {
-        EVENER_UNROLL for (int c = 0; c < N; ++c) prefetch(ahead + t * dim + c * 16);
-      }
-      EVENER_UNROLL for (int c = 0; c < N * LANES; ++c) {
-        vf value = load(from + t * dim + c * W);
-        EVENER_UNROLL for (int r = 0; r < R; ++r) sum[r][c] += row[r] * value;
-      }
+  int64_t key = 0;
+  do {  // at least one key: with a test before the loop gcc spills the sums
+    int64_t at = key % BLOCK * dim + first;
+    const float* from = v[key / BLOCK] + at;
+    if (AHEAD) {
+      EVENER_UNROLL for (int c = 0; c < N; ++c) prefetch(next[key / BLOCK] + at + c * 16);
     }
-  }
+    outer_product(
+        sum, [&](int r) EVENER_INLINED { return set1(p[r * KEY_TILE + key]); },
+        [&](int c) EVENER_INLINED { return load(from + c * W); });
+  } while (++key < keys);
   EVENER_UNROLL for (int r = 0; r < R; ++r) {
-    EVENER_UNROLL for (int c = 0; c < N * LANES; ++c) store(out + r * dim + c * W, sum[r][c]);
+    EVENER_UNROLL for (int c = 0; c < N * LANES; ++c) store(out + r * dim + first + c * W, sum[r][c]);
   }
 }
 
 template <int R, bool AHEAD>
 void values(const float* p, const float* const* v, const float* const* next, int keys, int64_t dim, float* out) {
   constexpr int N = wide(R);
-  const float *from[KEY_TILE / BLOCK], *ahead[KEY_TILE / BLOCK];
   int64_t d = 0;
-  auto shift = [&] {
-    for (int j = 0; j < KEY_TILE / BLOCK; ++j) from[j] = v[j] + d, ahead[j] = next[j] + d;
-  };
-  for (; d + 16 * N <= dim; d += 16 * N) {
-    shift();
-    values_of<R, N, AHEAD>(p, from, ahead, keys, dim, out + d);
-  }
+  for (; d + 16 * N <= dim; d += 16 * N) values_of<R, N, AHEAD>(p, v, next, keys, dim, d, out);
   if (N > 1)
-    for (; d < dim; d += 16) {
-      shift();
-      values_of<R, 1, AHEAD>(p, from, ahead, keys, dim, out + d);
-    }
+    for (; d < dim; d += 16) values_of<R, 1, AHEAD>(p, v, next, keys, dim, d, out);
 }
 
 typedef void (*PanelKernel)(const float*, const float* const*, const float* const*, int, int64_t, float*);
@@ -126,54 +127,87 @@ constexpr PanelKernels panels() {
   return k;
 }
 
-constexpr PanelKernels ONCE = panels<true>(), REUSED = panels<false>();
+// The first panel to use a tile of keys fetches the next tile meanwhile: a decoding row reads each key once, from memory.
+constexpr PanelKernels COLD = panels<true>(), WARM = panels<false>();
 
-// One key tile of one row: scores (in base 2) to weights, in place; returns what older sums must be multiplied by.
-EVENER_INLINE float softmax_tile(float* s, int valid, int blocks, float* maximum, float* sum) {
-  if (valid <= 0) {
-    for (int i = 0; i < blocks * BLOCK; i += W) store(s + i, vf{});
-    return 1.0f;
-  }
+// A row of a key tile: hide the scores from `valid` on, and return the maximum of the others (valid >= 1).
+EVENER_INLINE float maximum_of(float* s, int valid, int blocks) {
   for (int i = valid / W * W; i < blocks * BLOCK; i += W)
     store(s + i, lane_index() + set1i(i) < valid ? load(s + i) : set1(-__builtin_inff()));
   vf top = load(s);
   for (int i = W; i < blocks * BLOCK; i += W) top = vmax(load(s + i), top);
-  float before = *maximum, now = hmax(top);
-  if (now < before) now = before;
+  return hmax(top);
+}
+
+// Scores (in base 2) to weights, in place; returns their sum.
+EVENER_INLINE float weigh(float* s, int blocks, float maximum) {
   vf total[LANES] = {};
   for (int i = 0; i < blocks * BLOCK; i += BLOCK) {
     EVENER_UNROLL for (int v = 0; v < LANES; ++v) {
-      vf p = exp2_vec(load(s + i + v * W) - now);
+      vf p = exp2_vec(load(s + i + v * W) - maximum);
       total[v] += p;
       store(s + i + v * W, p);
     }
   }
   EVENER_UNROLL for (int v = 1; v < LANES; ++v) total[0] += total[v];
-  float correction = now == before ? 1.0f : exp2_vec(set1(before - now))[0];
-  *maximum = now;
-  *sum = *sum * correction + hsum(total[0]);
-  return correction;
+  return hsum(total[0]);
+}
+
+// The running maximum and sum of each row of a tile, and its unnormalised output.
+struct Running {
+  float *maximum, *sum, *out;
+};
+
+// Online softmax of one key tile for rows [first, end) of `s`. `valid_of(i)`: keys that row i reads, at least KEY_TILE: all.
+template <typename Valid>
+EVENER_INLINE void softmax(float* s, int first, int end, int blocks, int64_t dim, const Running& run, Valid&& valid_of) {
+  float now[PANEL];
+  // Two passes, so that the latencies of several rows overlap.
+  for (int i = first; i < end; ++i) {
+    int valid = valid_of(i);
+    now[i - first] = run.maximum[i];
+    if (valid <= 0) continue;
+    float top = maximum_of(s + i * KEY_TILE, valid < KEY_TILE ? valid : KEY_TILE, blocks);
+    if (top > run.maximum[i] || top != top) now[i - first] = top;  // NaN spreads
+  }
+  for (int i = first; i < end; ++i) {
+    float* row = s + i * KEY_TILE;
+    if (valid_of(i) <= 0) {
+      __builtin_memset(row, 0, blocks * BLOCK * sizeof(float));
+      continue;
+    }
+    float maximum = now[i - first], before = run.maximum[i], sum = weigh(row, blocks, maximum);
+    if (maximum != before) {
+      float correction = exp2_vec(set1(before - maximum))[0];
+      run.maximum[i] = maximum;
+      run.sum[i] *= correction;
+      for (int64_t d = 0; d < dim; d += W) store(run.out + i * dim + d, load(run.out + i * dim + d) * correction);
+    }
+    run.sum[i] += sum;
+  }
 }
 
 void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
   const int64_t dim = a.head_dim;
   const int rows = t.tokens * t.heads;
-  float *q = scratch, *sums = q + MAX_ROWS * dim, *p = sums + MAX_ROWS * dim;
-  float *maximum = p + MAX_ROWS * KEY_TILE, *total = maximum + MAX_ROWS;
+  const int panels = (rows + PANEL - 1) / PANEL, panel = (rows + panels - 1) / panels;  // of nearly equal height
+  float *q = scratch, *p = q + MAX_ROWS * dim;
+  Running run;
+  run.out = p + MAX_ROWS * KEY_TILE;
+  run.maximum = run.out + MAX_ROWS * dim;
+  run.sum = run.maximum + MAX_ROWS;
   const float scale = a.scale * 1.44269504f;  // scores in base 2
 
   for (int i = 0; i < rows; ++i) {  // queries by panels, transposed
-    int first = i / PANEL * PANEL, r = rows - first < PANEL ? rows - first : PANEL;
+    int first = i / panel * panel, r = rows - first < panel ? rows - first : panel;
     const float* from = a.q + (t.row + i / t.heads) * a.q_stride + (t.head + i % t.heads) * dim;
     float* to = q + first * dim + (i - first);
     for (int64_t d = 0; d < dim; ++d) to[d * r] = from[d] * scale;
-    maximum[i] = -__builtin_inff();
-    total[i] = 0.0f;
+    run.maximum[i] = -__builtin_inff();
+    run.sum[i] = 0.0f;
   }
-  __builtin_memset(sums, 0, rows * dim * sizeof(float));
+  __builtin_memset(run.out, 0, rows * dim * sizeof(float));
 
-  // With one panel each key is read once, so memory is the limit: fetch the next tile while this one is used.
-  const PanelKernels& kernels = rows <= PANEL ? ONCE : REUSED;
   const float *k_head = a.k_slab + t.kv_head * a.slab_head_stride, *v_head = a.v_slab + t.kv_head * a.slab_head_stride;
   const int limit = t.position + t.tokens;  // keys the last token reads
   const int n_blocks = (limit + BLOCK - 1) / BLOCK;
@@ -191,28 +225,23 @@ void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scrat
       int keys = t.position + (first + r - 1) / t.heads + 1 - key;
       return keys > KEY_TILE ? KEY_TILE : keys;
     };
-    for (int first = 0; first < rows; first += PANEL) {
-      int r = rows - first < PANEL ? rows - first : PANEL, keys = keys_of(first, r);
+    for (int first = 0; first < rows; first += panel) {
+      int r = rows - first < panel ? rows - first : panel, keys = keys_of(first, r);
       if (keys <= 0) continue;
       int blocks = (keys + BLOCK - 1) / BLOCK;
-      kernels.scores[r](q + first * dim, k, k_next, blocks, dim, p + first * KEY_TILE);
-      for (int i = first; i < first + r; ++i) {
-        int valid = t.position + i / t.heads + 1 - key;
-        if (valid > KEY_TILE) valid = KEY_TILE;
-        float correction = softmax_tile(p + i * KEY_TILE, valid, blocks, maximum + i, total + i);
-        if (correction != 1.0f)
-          for (int64_t d = 0; d < dim; d += W) store(sums + i * dim + d, load(sums + i * dim + d) * correction);
-      }
+      (first ? WARM : COLD).scores[r](q + first * dim, k, k_next, blocks, dim, p + first * KEY_TILE);
+      softmax(p, first, first + r, blocks, dim, run, [&](int i) { return t.position + i / t.heads + 1 - key; });
     }
-    for (int first = 0; first < rows; first += PANEL) {
-      int r = rows - first < PANEL ? rows - first : PANEL, keys = keys_of(first, r);
-      if (keys > 0) kernels.values[r](p + first * KEY_TILE, v, v_next, keys, dim, sums + first * dim);
+    for (int first = 0; first < rows; first += panel) {
+      int r = rows - first < panel ? rows - first : panel, keys = keys_of(first, r);
+      if (keys > 0)
+        (first ? WARM : COLD).values[r](p + first * KEY_TILE, v, v_next, keys, dim, run.out + first * dim);
     }
   }
   for (int i = 0; i < rows; ++i) {
     float* to = a.out + (t.row + i / t.heads) * a.out_stride + (t.head + i % t.heads) * dim;
-    float inverse = 1.0f / total[i];
-    for (int64_t d = 0; d < dim; d += W) store(to + d, load(sums + i * dim + d) * inverse);
+    float inverse = 1.0f / run.sum[i];
+    for (int64_t d = 0; d < dim; d += W) store(to + d, load(run.out + i * dim + d) * inverse);
   }
 }
 

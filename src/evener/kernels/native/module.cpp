@@ -3,6 +3,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "launch.h"
 #include "pool.h"
 
@@ -17,6 +21,17 @@ T* at(uintptr_t address) {
 }
 
 const float* floats(uintptr_t address) { return at<const float>(address); }
+// Asks for huge pages in the whole huge pages of [address, address + bytes); false where there are none.
+bool advise_huge_pages(uintptr_t address, uint64_t bytes) {
+#if defined(__linux__)
+  constexpr uint64_t HUGE_PAGE = 2u << 20;
+  uintptr_t first = (address + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, end = (address + bytes) / HUGE_PAGE * HUGE_PAGE;
+  return end > first && madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE) == 0;
+#else
+  return false;
+#endif
+}
+
 const int32_t* ints(uintptr_t address) { return at<const int32_t>(address); }
 
 }  // namespace
@@ -30,6 +45,7 @@ NB_MODULE(_native, m) {
   m.def("supported_isas", &supported_isas);
   m.def("threads", &threads);
   m.def("set_threads", &set_threads, free);
+  m.def("advise_huge_pages", &advise_huge_pages);
 
   m.def(
       "norm",

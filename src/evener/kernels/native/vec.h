@@ -7,6 +7,7 @@
 #endif
 
 #define EVENER_INLINE static inline __attribute__((always_inline))
+#define EVENER_INLINED __attribute__((always_inline))
 #define EVENER_UNROLL _Pragma("GCC unroll 32")
 
 namespace {
