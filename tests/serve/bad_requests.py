@@ -63,6 +63,9 @@ def bad_requests(server: Server) -> Iterator[BadRequest]:
     yield raw("NaN in JSON", b'{"prompt": "hi", "temperature": NaN}')
     yield raw("number beyond doubles", b'{"prompt": "hi", "temperature": 1e999}')
     yield raw("nested too deeply", b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+    yield raw("nested within the parser's limit", b'{"prompt": ' + b"[" * 800 + b"]" * 800 + b"}", param="prompt[0][0]")
+    yield raw("integer of 5000 digits", b'{"prompt": "hi", "seed": ' + b"9" * 5000 + b"}")
+    yield raw("integer of 4000 digits", b'{"prompt": [' + b"9" * 4000 + b"]}", param="prompt")
     yield raw("invalid UTF-8", b'{"prompt": "\xff\xfe"}')
     yield raw("lone surrogate", b'{"prompt": "half a pair: \\ud800 and text"}')
     yield raw("body over the limit", b'{"prompt": "' + b"a" * server.max_body_bytes + b'"}', 413, "body_too_large")
@@ -95,7 +98,6 @@ def bad_requests(server: Server) -> Iterator[BadRequest]:
     yield completion("prompt too long", too_long, "prompt", prompt=[5] * (server.max_model_len + 1))
     yield completion("prompt fills the context", too_long, "prompt", prompt=[5] * server.max_model_len)
     yield completion("prompt plus max_tokens too long", too_long, "prompt", max_tokens=server.max_model_len)
-    yield completion("max_tokens beyond 64 bits", too_long, "prompt", max_tokens=10**30)
     yield completion("too many sequences", value, "n", prompt=["hi"] * 200, n=128)
     yield chat("no messages", value, "messages", messages=[])
     yield chat("messages a text", value, "messages", messages="hi")
@@ -117,10 +119,10 @@ def bad_requests(server: Server) -> Iterator[BadRequest]:
         ("temperature", -0.1), ("temperature", "hot"), ("temperature", True), ("top_p", 0), ("top_p", 1.5),
         ("top_k", -2), ("top_k", 1.5), ("min_p", -0.5), ("min_p", 2), ("repetition_penalty", 0),
         ("presence_penalty", 3), ("frequency_penalty", -2.5), ("seed", "x"), ("seed", 2**64), ("n", 0), ("n", 129),
-        ("n", True), ("max_tokens", -1), ("max_tokens", "many"), ("max_tokens", 0), ("logprobs", -1),
-        ("logprobs", True), ("logprobs", server.max_top_logprobs + 1), ("stop", 3), ("stop", ""), ("stop", ["a"] * 17),
-        ("stop_token_ids", [server.vocab]), ("stream", "yes"), ("echo", 1), ("priority", 1.5), ("user", 5),
-        ("metadata", {"a": 1}), ("stream_options", {"include_usage": True}), ("ignore_eos", "no"),
+        ("n", True), ("max_tokens", -1), ("max_tokens", 10**30), ("max_tokens", "many"), ("max_tokens", 0),
+        ("logprobs", -1), ("logprobs", True), ("logprobs", server.max_top_logprobs + 1), ("stop", 3), ("stop", ""),
+        ("stop", ["a"] * 17), ("stop_token_ids", [server.vocab]), ("stream", "yes"), ("echo", 1), ("priority", 1.5),
+        ("user", 5), ("metadata", {"a": 1}), ("stream_options", {"include_usage": True}), ("ignore_eos", "no"),
     ]:  # fmt: skip
         yield completion(f"{name}={json.dumps(bad)[:24]}", value, name, **{name: bad})
     yield completion("unknown stream option", value, "stream_options", stream=True, stream_options={"usage": True})

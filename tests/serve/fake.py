@@ -102,6 +102,9 @@ class FakeEngine:
     async def _answers(self, request: Request) -> AsyncIterator[Answer]:
         reply = ids(self._reply) if isinstance(self._reply, str) else self._reply(request)
         ends = EOS in request.stop_token_ids and len(reply) < request.max_tokens
+        if not request.max_tokens:
+            yield Answer(request.request_id, [], 0, finish="length", prompt_logprobs=self._prompt_logprobs(request))
+            return
         tokens = (reply if ends else reply * request.max_tokens)[: request.max_tokens]
         cached = 16 * (request.prompt_len // 16) if self._tokens else 0
         for at in range(0, len(tokens), self._step):

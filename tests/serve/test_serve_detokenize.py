@@ -28,7 +28,7 @@ def pieces(tokens: list[int], **options: object) -> tuple[list[str], Detokenizer
 
 
 @given(TOKENS, st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_pieces_join_to_the_full_decode(tokens: list[int], skip: bool) -> None:
     out, detokenizer = pieces(tokens, skip_special_tokens=skip)
     whole = tiny_tokenizer().decode(tokens, skip_special_tokens=skip)
@@ -37,7 +37,7 @@ def test_pieces_join_to_the_full_decode(tokens: list[int], skip: bool) -> None:
 
 
 @given(TEXTS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_no_piece_breaks_a_character(text: str) -> None:
     out, _ = pieces(ids(text))
     assert "".join(out) == text
@@ -45,7 +45,7 @@ def test_no_piece_breaks_a_character(text: str) -> None:
 
 
 @given(TEXTS, st.lists(st.text("abc \U0001f999é", min_size=1, max_size=4), min_size=1, max_size=4), st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_the_text_ends_at_the_first_stop_string(text: str, stops: list[str], include: bool) -> None:
     out, detokenizer = pieces(ids(text), stops=tuple(stops), include_stop=include)
     got = "".join(out)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import httpx2
 import pytest
-from bad_requests import BadRequest, Server, bad_requests
 from fake import MODEL, VOCAB, FakeEngine, ids
 from openai import AsyncOpenAI, AuthenticationError, NotFoundError
 
+from bad_requests import BadRequest, Server, bad_requests
 from evener.errors import InvalidInput
 from evener.serve import FrontConfig, create_app
 
@@ -47,12 +47,12 @@ async def test_bad_request_gets_openai_error(http: Http, bad: BadRequest) -> Non
     ("body", "message"),
     [
         ({"n": 0}, "n=0: expected int >= 1"),
-        ({"temperature": "hot"}, "temperature='hot': expected float, got str"),
+        ({"temperature": "hot"}, 'temperature="hot": expected float, got str'),
         ({"temprature": 1}, "unknown field 'temprature'; did you mean 'temperature'?"),
         ({"prompt": [1, VOCAB]}, f"prompt[1]={VOCAB} is not a token id; ids are 0 to {VOCAB - 1}"),
         ({"logit_bias": {"1": 2}}, "logit_bias is not supported by this server; leave it out"),
         ({"logprobs": 6}, "logprobs=6 is more than this server keeps; ask for at most 5"),
-        ({"model": "x"}, f"model 'x' is not served here; served: {MODEL}, alias/of-it"),
+        ({"model": "x"}, f'model "x" is not served here; served: {MODEL}, alias/of-it'),
     ],
 )
 async def test_message_names_value_limit_and_remedy(http: Http, body: dict[str, object], message: str) -> None:

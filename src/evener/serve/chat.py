@@ -17,13 +17,16 @@ from evener.serve.errors import json_response
 from evener.serve.fields import read_json, refuse, shown, to_record
 from evener.serve.front import Front
 from evener.serve.generation import Delta, Generation, TokenText
-from evener.serve.params import GenerationFields, check_length, check_model, check_top_logprobs
+from evener.serve.params import MAX_TOKENS, GenerationFields, check_length, check_model, check_top_logprobs
 from evener.serve.sse import CLIENT_LEFT, DONE, ClientLeft, EventStream, begin, event, until_left
 from evener.serve.vocabulary import Vocabulary
 from evener.serve.wire import Usage, declare, new_id, usage
 
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 """Names that chat_template_kwargs may not set: they are arguments of the renderer, not of the template."""
+
+
+ROLES = ("system", "developer", "user", "assistant")
 
 
 class TextPart(Struct, frozen=True, kw_only=True):
@@ -63,8 +66,8 @@ class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables of the template."""
 
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
     """The newer name of max_tokens. Both absent: the rest of the context."""
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0)] | None = None
@@ -198,9 +201,14 @@ def check_messages(raw: dict[str, Any]) -> None:
     for k, message in enumerate(messages):
         if not isinstance(message, dict):
             return
-        where = f"messages[{k}]."
-        if message.get("role") in ("tool", "function"):
-            raise UnsupportedParameter(f"{where}role={message['role']!r}: tools are not supported", f"{where}role")
+        where, role = f"messages[{k}].", message.get("role")
+        if role in ("tool", "function"):
+            raise UnsupportedParameter(
+                f"{where}role={shown(role)} is not supported by this server; roles are {', '.join(ROLES)}",
+                f"{where}role",
+            )
+        if isinstance(role, str) and role not in ROLES:
+            raise InvalidRequest(f"{where}role={shown(role)} is unknown; roles are {', '.join(ROLES)}", f"{where}role")
         for name in [n for n in message if n not in known]:
             value = message.pop(name)
             if value is None or value == []:

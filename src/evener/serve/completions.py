@@ -18,7 +18,14 @@ from evener.serve.errors import json_response
 from evener.serve.fields import read_json, shown, to_record
 from evener.serve.front import Front
 from evener.serve.generation import Delta, Generation, TokenText
-from evener.serve.params import GenerationFields, check_length, check_model, check_tokens, check_top_logprobs
+from evener.serve.params import (
+    MAX_TOKENS,
+    GenerationFields,
+    check_length,
+    check_model,
+    check_tokens,
+    check_top_logprobs,
+)
 from evener.serve.sse import CLIENT_LEFT, DONE, ClientLeft, EventStream, begin, event, until_left
 from evener.serve.vocabulary import Vocabulary
 from evener.serve.wire import Usage, declare, new_id, usage
@@ -31,7 +38,7 @@ class CompletionRequest(GenerationFields, kw_only=True, forbid_unknown_fields=Tr
 
     prompt: str | Annotated[list[str | int | list[int]], Meta(min_length=1)]
     """A text, texts, token ids, or lists of token ids."""
-    max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
     """Absent: 16, or what the context leaves. 0 needs echo."""
     logprobs: Annotated[int, Meta(ge=0)] | None = None
     """Alternatives per token; 0: the chosen token's only."""

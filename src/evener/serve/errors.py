@@ -65,15 +65,16 @@ def install(app: FastAPI) -> None:
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        where = f"{request.method} {request.url.path}"
+        where = f"{request.method} {request.url.path[:200]}"
+        headers = dict(error.headers or {})
         text = {
             404: f"there is no {where}; the paths are listed in /openapi.json",
-            405: f"{where} is not allowed; use {(error.headers or {}).get('allow', 'another method')}",
+            405: f"{where} is not allowed; use {headers.get('Allow', 'another method')}",
         }
         codes = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
         message = text.get(error.status_code, str(error.detail))
         detail = ErrorDetail(message, _type(error.status_code), None, codes.get(error.status_code))
-        return json_response(ErrorBody(detail), error.status_code, dict(error.headers or {}))
+        return json_response(ErrorBody(detail), error.status_code, headers)
 
     async def internal_error(request: Request, error: Exception) -> Response:
         return error_response(error)  # Starlette logs the traceback when it re-raises

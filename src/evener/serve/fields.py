@@ -5,6 +5,7 @@ field may carry its neutral value, which asks for nothing: clients send `best_of
 """
 
 import difflib
+import json
 import re
 from typing import Any, TypeVar
 
@@ -134,8 +135,13 @@ def refuse(name: str, value: Any, known: set[str], where: str = "") -> None:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut to a readable length."""
-    text = repr(value)
+    """A value in a message, as JSON, cut to a readable length."""
+    if isinstance(value, list | dict) and len(value) > 20:
+        return f"({'array' if isinstance(value, list) else 'object'} of {len(value)})"
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return "(deeply nested)"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -97,7 +97,7 @@ class Front:
     ) -> list[Choice]:
         """n sequences for each prompt, in prompt order; sequence k of a prompt is choice k of one seed.
 
-        `max_tokens[i]` = 0 asks for prompt i's logprobs alone. Raises InvalidRequest when there are too many.
+        Raises InvalidRequest when there are too many.
         """
         if (total := len(prompts) * fields.n) > MAX_SEQUENCES:
             raise InvalidRequest(
@@ -115,7 +115,7 @@ class Front:
                 request = Request(
                     request_id=f"{request_id}-{index}",
                     prompt_len=len(prompt),
-                    max_tokens=max(1, limit),
+                    max_tokens=limit,
                     prompt=prompt,
                     stop_token_ids=tuple(dict.fromkeys(stop_token_ids)),
                     sampling=fields.sampling(k, seed, logprobs, prompt_logprobs),
@@ -131,7 +131,6 @@ class Front:
                         detokenizer,
                         client_stop_ids=frozenset(client_stop_ids),
                         include_stop=fields.include_stop_str_in_output,
-                        prompt_only=limit == 0,
                     )
                 )
         return made

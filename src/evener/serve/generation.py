@@ -50,10 +50,7 @@ class Choice:
         *,
         client_stop_ids: frozenset[int] = frozenset(),
         include_stop: bool = False,
-        prompt_only: bool = False,
     ) -> None:
-        """`prompt_only`: the client wants the prompt's logprobs and no output token (max_tokens=0). The engine
-        always makes one, with which the logprobs come; it is thrown away."""
         self.index = index
         self.request = request
         self.n_tokens = 0
@@ -65,7 +62,6 @@ class Choice:
         self._detokenizer = detokenizer
         self._client_stop_ids = client_stop_ids
         self._include_stop = include_stop
-        self._prompt_only = prompt_only
         self._pending: list[tuple[int, TokenText]] = []
 
     def take(self, answer: Answer) -> Delta | None:
@@ -73,19 +69,15 @@ class Choice:
         if answer.finish == "cancelled":
             raise Unavailable("the server cancelled the request; send it again")
         self.cached_tokens = max(self.cached_tokens, answer.cached_tokens)
-        text, finish = "", answer.finish
+        text, finish = self._add_tokens(answer), answer.finish
         stop_reason: int | str | None = None
-        if self._prompt_only:
-            finish = "length" if finish is not None else None
-        else:
-            text = self._add_tokens(answer)
-            if finish is not None and self._detokenizer.stop is None:
-                if answer.stop_token is not None:
-                    self.n_tokens += 1
-                    if answer.stop_token in self._client_stop_ids:
-                        stop_reason = answer.stop_token
-                        text += self._detokenizer.feed(answer.stop_token) if self._include_stop else ""
-                text += self._detokenizer.finish()
+        if finish is not None and self._detokenizer.stop is None:
+            if answer.stop_token is not None:
+                self.n_tokens += 1
+                if answer.stop_token in self._client_stop_ids:
+                    stop_reason = answer.stop_token
+                    text += self._detokenizer.feed(answer.stop_token) if self._include_stop else ""
+            text += self._detokenizer.finish()
         if self._detokenizer.stop is not None:
             self.stopped = finish is None
             finish, stop_reason = "stop", self._detokenizer.stop

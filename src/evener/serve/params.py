@@ -12,6 +12,8 @@ from evener.serve.fields import shown
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_TOKENS = 2**31 - 1
+"""Far beyond any context, whose own limit is checked with the prompt at hand."""
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,13 +125,13 @@ def check_top_logprobs(count: int, limit: int, param: str) -> None:
 
 
 def check_length(prompt_len: int, wanted: int | None, default: int | None, limit: int, param: str) -> int:
-    """Output tokens to allow: what is `wanted`, else `default`, else the rest of the context.
+    """Output tokens to allow: `wanted` (0: only the prompt's logprobs), else `default`, else the rest of the context.
 
     Raises ContextTooLong with the numbers when prompt and output exceed `limit`, the tokens of one sequence;
     `param` is the field the prompt came in.
     """
     rest = limit - prompt_len
-    if rest < 1:
+    if rest < (0 if wanted == 0 else 1):
         raise ContextTooLong(
             f"this model's maximum context length is {limit} tokens, but the prompt alone has {prompt_len} and "
             "leaves no room for an answer; shorten the prompt",

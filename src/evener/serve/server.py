@@ -22,17 +22,19 @@ async def run(
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
+    listener: socket.socket | None = None,
     ready: Callable[[int], None] | None = None,
     stop: asyncio.Event | None = None,
     grace_s: int = GRACE_S,
 ) -> None:
-    """Serve until `stop` is set, SIGINT or SIGTERM; then accept nothing more and finish what was accepted.
+    """Serve on `host:port`, or on a socket from `bind`, until `stop` is set, SIGINT or SIGTERM comes.
 
-    `ready` is called once with the port (0 picks a free one) when connections are taken. What still runs after
-    `grace_s`, or at a second signal, is cancelled. Returns normally in every case, so that the caller can close
-    the engine. Raises StartFailed when the address cannot be had.
+    Then nothing more is accepted, and what was accepted is finished; what still runs after `grace_s`, or at a
+    second signal, is cancelled. `ready` is called once with the port (0 picks a free one) when connections are
+    taken. Returns normally in every case, so that the caller can close the engine. Raises StartFailed when the
+    address cannot be had.
     """
-    listener = _listen(host, port)
+    listener = listener or bind(host, port)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace_s
     )
@@ -46,6 +48,8 @@ async def run(
     watcher = asyncio.create_task(_watch(server, listener.getsockname()[1], ready, stop))
     try:
         await server.serve(sockets=[listener])
+    except OSError as error:  # another process bound the same address in between, and listens
+        raise StartFailed(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
     finally:
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
@@ -72,13 +76,22 @@ async def _watch(server: _Server, port: int, ready: Callable[[int], None] | None
         server.should_exit = True
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises StartFailed with the remedy."""
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, not yet listening: claims the port before the model is loaded, and refuses clients until then.
+
+    Raises StartFailed with the remedy.
+    """
     if not 0 <= port <= 65535:  # the resolver would silently take it modulo 65536
         raise StartFailed(f"port {port} is not between 0 and 65535; choose another with --port")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        made = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise StartFailed(f"host {host!r} is not understood ({error.strerror}); choose another with --host") from error
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        return made
     except OSError as error:
         remedies = {
             errno.EADDRINUSE: "stop what uses it, or choose another with --port",
@@ -86,5 +99,5 @@ def _listen(host: str, port: int) -> socket.socket:
             errno.EADDRNOTAVAIL: "this host has no such address; choose another with --host",
         }
         remedy = remedies.get(error.errno or 0, "check --host and --port")
-        reason = os.strerror(error.errno) if error.errno in remedies else error.strerror
-        raise StartFailed(f"cannot listen on {host}:{port} ({reason}); {remedy}") from error
+        made.close()
+        raise StartFailed(f"cannot listen on {host}:{port} ({os.strerror(error.errno or 0)}); {remedy}") from error
