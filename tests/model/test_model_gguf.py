@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import permute, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from evener.errors import InvalidInput, UnsupportedModel
@@ -120,8 +120,6 @@ def test_model_in_a_file_equals_transformers(checkpoint, tmp_path, name):
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0, Kind.BF16, Kind.F16], ids=lambda k: k.name)
 def test_q_rows_come_back_in_rotation_halves(tmp_path, kind):
     """Any interval of q and k rows, also one that cuts heads, is in Hugging Face order."""
-    from transformers import LlamaConfig
-
     config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
                          num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
@@ -175,11 +173,16 @@ def test_an_unknown_architecture_lists_the_supported_ones(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_default_model_equals_transformers_loading_of_the_same_file():
     path = default_model()
     source = open_model()
-    # What from_pretrained(gguf_file=...) does, without the accelerate package that it asks for.
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path.parent, gguf_file=path.name)).eval()
+    # The published config, and what from_pretrained(gguf_file=...) does without the accelerate package it asks for.
+    config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+                         rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+                         tie_word_embeddings=True)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
     loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
     assert model.load_state_dict(loaded, strict=False).missing_keys == ["lm_head.weight"]  # tied
     model.tie_weights()

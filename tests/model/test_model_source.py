@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import gguf
 import huggingface_hub
 import pytest
 import torch
@@ -290,6 +291,31 @@ def test_qwen2_rule_is_the_models_own():
 def test_unknown_tokenizers_are_refused(changes, message):
     with pytest.raises(UnsupportedModel, match=message):
         load_tokenizer(tiny(**changes), "test", 64)
+
+
+def test_sentencepiece_vocabularies(tmp_path):
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "h", "i", "hi", "▁hi", "t", "th"]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + [-1.0 - i for i in range(7)])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 7)
+    for key, value in (("bos", 1), ("eos", 2), ("unknown", 0)):
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", value)
+    for key in ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+                "attention.head_count_kv"):  # fmt: skip
+        writer.add_uint32(f"llama.{key}", 1)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokenizer = load_tokenizer({"tokenizer.ggml.model": "llama"}, str(tmp_path / "m.gguf"), 64)
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode("hi thé"))
+    assert pieces == ["<s>", "▁hi", "▁", "th", "<0xC3>", "<0xA9>"]
+    assert tokenizer.eos_token_id == 2 and tokenizer.model_max_length == 64
+    with pytest.raises(UnsupportedModel, match="SentencePiece tokenizer cannot be converted"):
+        load_tokenizer({"tokenizer.ggml.model": "llama"}, str(tmp_path / "gone.gguf"), 64)
 
 
 def test_directory_tokenizer_and_eos_ids(copy):

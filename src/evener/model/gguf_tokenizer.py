@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evener.errors import UnsupportedModel
+from evener.model.source import first_line
 
 CONTROL, USER_DEFINED = 3, 4
 """`tokenizer.ggml.token_type` of special tokens, and of plain ones that are still matched whole."""
@@ -132,4 +133,6 @@ def _sentencepiece(where: str, max_length: int) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, model_max_length=max_length)
     except Exception as error:  # the conversion raises anything, down to bare Exception
-        raise UnsupportedModel(f"{where}: its SentencePiece tokenizer cannot be converted ({error})") from error
+        raise UnsupportedModel(
+            f"{where}: its SentencePiece tokenizer cannot be converted ({first_line(error)})"
+        ) from error
