@@ -6,7 +6,6 @@ output; it ends with its input. Whatever libraries print goes to standard error.
 
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -85,24 +84,29 @@ class Probe:
         """Wall time of a call, without the time that its thread waited for its core while others had it."""
         if self.cuda:
             self.torch.cuda.synchronize()
-        waited, start = _run_queue_ns(), time.perf_counter()
+        outer = time.perf_counter()
+        waited = _run_queue_ns()
+        start = time.perf_counter()
         call()
         if self.cuda:
             self.torch.cuda.synchronize()
         wall = time.perf_counter() - start
-        lost = min(0.95 * wall, (_run_queue_ns() - waited) * 1e-9)
+        waited = _run_queue_ns() - waited
+        # What was waited beside the call, while the counter was read, must not be taken from the call.
+        beside = time.perf_counter() - outer - wall
+        lost = min(0.95 * wall, max(0.0, waited * 1e-9 - beside))
         self.wall_s += wall
         self.lost_s += lost
         return wall - lost
 
-    def _median(self, call: Callable[[], object], budget_s: float, at_least: int = 3) -> float:
-        """Median seconds of a call, first one left out, over about `budget_s`."""
+    def _typical(self, call: Callable[[], object], budget_s: float, at_least: int = 3) -> float:
+        """Seconds of an undisturbed call, first one left out, over about `budget_s`."""
         call()
         took: list[float] = []
         until = time.perf_counter() + budget_s
         while len(took) < at_least or time.perf_counter() < until:
             took.append(self._seconds(call))
-        return statistics.median(took)
+        return _quiet(took)
 
     # ---- GEMM ------------------------------------------------------------------------------------------------
 
@@ -136,7 +140,7 @@ class Probe:
         try:
             call(inputs[1], pool[0][1])
             until = time.perf_counter() + budget_s
-            while not took[1] or time.perf_counter() < until:
+            while len(took[1]) < (3 if len(parts) > 1 else 1) or time.perf_counter() < until:
                 layer = pool[self._at % len(pool)]
                 self._at += 1
                 for k in parts:
@@ -144,7 +148,7 @@ class Probe:
         except (RuntimeError, NotImplementedError) as error:
             raise Unavailable(f"{dtype} GEMM of {rows} rows: {str(error).splitlines()[0]}") from error
         flop = 2 * rows * sum(pool[0][k].numel() for k in parts)
-        rate = flop / sum(statistics.median(times) for times in took.values())
+        rate = flop / sum(_quiet(times) for times in took.values())
         self._slowest[dtype] = min(rate, self._slowest.get(dtype, math.inf)) if rows > 1 else rate
         return rate
 
@@ -153,7 +157,7 @@ class Probe:
     def _bandwidth(self, budget_s: float) -> float:
         self._weights = ("", [])
         data = self.torch.ones(self.pool_bytes // 4, dtype=self.torch.float32, device=self.device)
-        return data.nbytes / self._median(lambda: data.sum(), budget_s)
+        return data.nbytes / self._typical(lambda: data.sum(), budget_s)
 
     def _attention(self, sequences: int, count: int, keys: int, budget_s: float, per_second_of: str) -> float:
         """`sequences` chunks of `count` queries at the end of `keys` keys, over a paged KV cache."""
@@ -175,7 +179,7 @@ class Probe:
         tables = torch.arange(blocks, **ints).reshape(sequences, per)
         group = torch.arange(HEADS, **ints) // (HEADS // KV_HEADS)
         call = partial(paged_attention, q, k, v, cu, start, tables, group.int(), HEAD_DIM**-0.5, out)
-        took = self._median(call, budget_s)
+        took = self._typical(call, budget_s)
         if per_second_of == "bytes":
             return float((k.nbytes + v.nbytes) / took)
         pairs = count * (keys - count) + count * (count + 1) // 2
@@ -189,7 +193,7 @@ class Probe:
             for _ in range(1000):
                 torch.add(a, b, out=b)
 
-        return self._median(thousand, budget_s) / 1000 * 1e9
+        return self._typical(thousand, budget_s) / 1000 * 1e9
 
     # ---- collectives -----------------------------------------------------------------------------------------
 
@@ -203,11 +207,15 @@ class Probe:
             self._groups.update(joined)
         group = self._groups[item.group]
         data = self.torch.zeros(max(1, item.nbytes // 4))
-        # A rank put off its core holds up all others, so the lower quartile is the undisturbed time.
         # Ranks must do equally many, so the number follows from the question, not from this rank's clock.
         rounds = max(20, min(500, round(budget_s / (20e-6 + item.nbytes * 1e-9))))
         stamps = [group.all_reduce(data) for _ in range(rounds + 3)][3:]
-        return float(statistics.quantiles((s.ended - s.entered for s in stamps), n=4)[0])
+        return _quiet([float(s.ended - s.entered) for s in stamps])
+
+
+def _quiet(took: list[float]) -> float:
+    """Lower quartile: other work on the host only ever adds to a time."""
+    return sorted(took)[len(took) // 4]
 
 
 def _run_queue_ns() -> int:
