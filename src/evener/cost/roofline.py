@@ -158,7 +158,7 @@ def _no_delay(link: Link) -> Link:
 
 
 class RooflineCostModel:
-    """`CostModel` of one plan from a profile. Immutable; about 2 us per stage and prediction.
+    """`CostModel` of one plan from a profile. Immutable; a prediction takes a few microseconds.
 
     Raises InvalidDevice when the profile lacks a device of the plan, InvalidInput when it lacks the dtype.
     """
