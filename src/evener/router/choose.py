@@ -1,18 +1,17 @@
 """Which replica serves a request.
 
-`least-work` sends a request where it is predicted to be done first, counting the work already there. The usual rules
-count the wrong thing. *Round robin* counts arrivals, but one request may be a hundred times another, so queues drift
-apart while a neighbour idles. *Least requests* counts requests, so a replica with two long prompts looks emptier than
-one with three that are about to end, and a device of half the speed gets half of the requests. Work left in predicted
-seconds holds lengths, device speed and cached prefixes in one unit. It is the rule called Dynamic or
-Least-Work-Remaining in the literature (Harchol-Balter, Crovella and Murta, "On choosing a task assignment policy for a
-distributed server system", J. Parallel Distrib. Comput. 59, 1999), which equals one central queue when sizes are known;
-here they are predicted.
+`least-work` predicts, for each replica, when the request would be done given the work already there, adds how much it
+would delay that work, and takes the least. The usual rules count the wrong thing. *Round robin* counts arrivals, but
+one request may be a hundred times another, so queues drift apart while a neighbour idles. *Least requests* counts
+requests; that is close to the best where replicas are equal and decode all their rows at once (Gupta,
+Harchol-Balter, Sigman and Whitt, "Analysis of join-the-shortest-queue routing for web server farms", Perform. Eval.
+64, 2007), but it gives a device of half the speed as many requests as the others, takes a long prompt for a short
+one, and sees no cached prefix. Predicted seconds hold lengths, device speed and prefixes in one unit.
 """
 
 from collections.abc import Sequence
 from math import ceil
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -92,7 +91,7 @@ class LeastRequests:
 
 
 class LeastWork:
-    """The living replica where the request is predicted to be done first.
+    """The living replica where the request costs all clients together the least predicted time.
 
     Ties go to the least work left in tokens, then to the fewest requests, then to the lowest number.
     """
@@ -100,10 +99,10 @@ class LeastWork:
     moves_waiting = True
 
     def choose(self, prompt_len: int, output_tokens: float, loads: Sequence[ReplicaLoad], costs: CostModel) -> int:
-        """See `Router.choose`; two predictions of the cost model per replica."""
+        """See `Router.choose`; four predictions of the cost model per replica."""
         return min(
             (
-                done_ns(prompt_len, output_tokens, load, costs),
+                sum(predict(prompt_len, output_tokens, load, costs)),
                 load.prefill_tokens_left + load.decode_tokens_left,
                 load.rows,
                 load.replica,
@@ -112,36 +111,56 @@ class LeastWork:
         )[-1]
 
 
-def done_ns(prompt_len: int, output_tokens: float, load: ReplicaLoad, costs: CostModel) -> int:
-    """Predicted nanoseconds until this request would be done on this replica; >= 0, non-decreasing in the work there.
+class Prediction(NamedTuple):
+    """What a request would cost on one replica, in nanoseconds, both >= 0."""
 
-    Three terms. *Prefill*: the prompt tokens queued and this request's own that are not cached, at least one. *Decode*:
-    all output tokens expected, this request's included, in steps of as many rows as run on average meanwhile: those
-    present, at most the slots, fewer if they end long before this request does. *KV*: blocks that are missing must
-    be freed by what runs, at the rate at which decoding drains.
+    done: int
+    """Until it is done."""
+    delay: int
+    """By which it makes others later, summed over them."""
+
+
+def predict(prompt_len: int, output_tokens: float, load: ReplicaLoad, costs: CostModel) -> Prediction:
+    """The cost of a request of `prompt_len` and expected `output_tokens` on a replica with this load.
+
+    *Done*: the prompt tokens queued there and its own that are not cached (at least one) are computed; then its output
+    tokens take one step each, with as many rows as are there on average meanwhile (those present, fewer if they end
+    much earlier, at most the slots); a missing slot or missing KV blocks wait for the rows that hold them. *Delay*: its
+    prefill holds up the running rows, and one row more makes every step that it shares with another longer.
     """
     own = max(1, prompt_len - load.cached_prefix_tokens)
-    shape = BatchShape(
-        prefill_tokens=load.prefill_tokens_left + own,
-        prefill_pairs=load.prefill_pairs_left + own * (prompt_len - own) + own * (own + 1) // 2,
-        chunks=load.waiting_rows + 1,
-        sampled_rows=load.waiting_rows + 1,
+    pairs = own * (prompt_len - own) + own * (own + 1) // 2
+    ahead, waiting = load.prefill_tokens_left, load.waiting_rows
+    prefill_own = costs.batch_ns(
+        load.replica, BatchShape(prefill_tokens=own, prefill_pairs=pairs, chunks=1, sampled_rows=1)
     )
-    prefill = costs.batch_ns(load.replica, shape)
+    prefill = prefill_own
+    if ahead:
+        queue = BatchShape(
+            prefill_tokens=ahead + own,
+            prefill_pairs=load.prefill_pairs_left + pairs,
+            chunks=waiting + 1,
+            sampled_rows=waiting + 1,
+        )
+        prefill = costs.batch_ns(load.replica, queue)
 
     output = max(1.0, output_tokens)
-    tokens = load.decode_tokens_left + output
-    rows = max(1.0, min(load.rows + 1, load.max_rows, tokens / output))
-    per_row = (load.context_tokens + prompt_len + output / 2) / (load.rows + 1)
-    n = ceil(rows)
-    step = costs.latency_ns(load.replica, BatchShape(decode_rows=n, decode_context=ceil(n * per_row), sampled_rows=n))
-    decode = tokens / rows * step
+    rows = ceil(max(1.0, min(load.rows + 1, load.max_rows, 1 + load.decode_tokens_left / output)))
+    keys = (load.context_tokens + prompt_len + output / 2) / (load.rows + 1)
+    step, longer = (
+        costs.latency_ns(load.replica, BatchShape(decode_rows=n, decode_context=ceil(n * keys), sampled_rows=n))
+        for n in (rows, rows + 1)
+    )
 
     need = ceil((prompt_len + output) / load.block_tokens) - load.cached_prefix_tokens // load.block_tokens
-    missing = max(0, need - load.kv_blocks_free)
-    held = max(1, load.kv_blocks - load.kv_blocks_free)
-    waits = load.decode_tokens_left / rows * step * min(1.0, missing / held)
-    return prefill + round(decode + waits)
+    no_blocks = max(0, need - load.kv_blocks_free) / max(1, load.kv_blocks - load.kv_blocks_free)
+    no_slot = max(0, load.rows + 1 - load.max_rows) / load.max_rows
+    drain = load.decode_tokens_left / max(1, min(load.rows, load.max_rows))
+    shared = min(load.decode_tokens_left, load.rows * output)
+    return Prediction(
+        done=prefill + round(step * (output + drain * max(no_blocks, no_slot))),
+        delay=load.running_rows * prefill_own + round(shared * (longer - step)),
+    )
 
 
 def living(loads: Sequence[ReplicaLoad]) -> list[ReplicaLoad]:
