@@ -127,16 +127,21 @@ def stop(process: "subprocess.Popen[bytes]", grace_s: float = 40.0) -> None:
 
 
 def load(url: str, *flags: str, model: str = "") -> dict[str, Any]:
+    """Load a server; the figures of `bench`."""
+    return bench("--url", url, *(("--model", model) if model else ()), *flags)
+
+
+def bench(*flags: str) -> dict[str, Any]:
     """Run `evener bench --json` in a process of its own; its figures.
 
     Raises BenchmarkFailed when it fails or any request does: a comparison must not count unserved requests as fast.
     """
-    command = [str(EVENER), "bench", "--url", url, "--json", "--no-progress", *(("--model", model) if model else ())]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    command = [str(EVENER), "bench", "--json", "--no-progress", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         figures: dict[str, Any] = json.loads(done.stdout)
     except json.JSONDecodeError:
-        raise BenchmarkFailed(f"{shlex.join([*command, *flags])}\n{done.stdout}{done.stderr}") from None
+        raise BenchmarkFailed(f"{shlex.join(command)}\n{done.stdout}{done.stderr}") from None
     if done.returncode or figures["failed"] or figures["short_outputs"]:
         raise BenchmarkFailed(
             f"{figures['failed']} of {figures['requests']} requests failed, {figures['short_outputs']} were cut short: "

@@ -19,7 +19,6 @@ REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 64, 15_793, 8_328
 SHAPE = ("--input-tokens", "lognormal:180:0.8:16:1000", "--output-tokens", "lognormal:100:0.7:8:400")
 IDS = ("--token-ids", "100:40000")
 W = ("--requests", str(REQUESTS), *SHAPE, *IDS, "--seed", "0")
-WARM_UP = ("--requests", "16", "--input-tokens", SHAPE[1], "--output-tokens", "8", *IDS, "--seed", "77")
 
 KEYS = ("output_tok_s", "duration_s", "ttft_p50_ms", "tpot_p50_ms", "client_cpu_s")
 
@@ -33,8 +32,7 @@ def totals() -> tuple[int, int]:
 
 def measure(target: Target, url: str) -> dict[str, Any]:
     """Warm the server up, then run W once."""
-    load(url, *WARM_UP, model=target.model)
-    got = load(url, *W, model=target.model)
+    got = load(url, *W, "--warm-up", "16", model=target.model)
     served = got["input_tokens"], got["output_tokens"]
     assert served == (PROMPT_TOKENS, OUTPUT_TOKENS), f"{target.name} counted {served} tokens: not the same workload"
     return {**got, "ttft_p50_ms": got["ttft_ms"]["p50"], "tpot_p50_ms": got["tpot_ms"]["p50"]}

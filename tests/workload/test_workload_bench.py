@@ -83,6 +83,9 @@ def test_trace_replayed_sliced_scaled(url: str, script: Script, tmp_path: Path) 
     script.bodies.clear()
     assert figures(*args, "--concurrency", "2")["completed"] == 2
     assert sorted(len(b["prompt"]) for b in script.bodies) == [30, 60]
+    path = tmp_path / "out.json"
+    figures(*args, "--rate", "inf", "--output", str(path))
+    assert [r["scheduled_s"] for r in json.loads(path.read_text())["records"]] == [0.0, 0.0]
 
 
 def test_arrival_rate(url: str) -> None:
@@ -91,6 +94,14 @@ def test_arrival_rate(url: str) -> None:
     # arrivals cannot come early; how late the client is depends on the machine
     assert got["arrival_req_s"] <= 250
     assert got["lateness_ms"]["p50"] >= 0
+
+
+def test_warm_up_is_sent_first_and_not_counted(url: str, script: Script) -> None:
+    script.modes = ["500", "ok"]
+    got = figures("--url", url, "--requests", "2", "--warm-up", "1", "--input-tokens", "5", "--output-tokens", "9")
+    assert (got["requests"], got["completed"]) == (2, 2)
+    assert [b["max_tokens"] for b in script.bodies] == [8, 9, 9]
+    assert script.bodies[0]["prompt"] not in [b["prompt"] for b in script.bodies[1:]]
 
 
 def test_text_prompts_and_eos(url: str, script: Script) -> None:

@@ -24,7 +24,7 @@ from evener.workload.drive import OnDone, Record, Send
 from evener.workload.offline import EngineClient, open_offline_engine
 from evener.workload.report import Report, Summary, make_report
 from evener.workload.slo import parse_slo
-from evener.workload.traffic import Traffic, check_fits, check_vocabulary, make_requests
+from evener.workload.traffic import Traffic, check_fits, check_vocabulary, make_requests, make_warm_up
 
 
 @with_engine_options
@@ -39,7 +39,9 @@ def bench(
         int | None, typer.Option(min=1, help="How many (default: 64, or the whole trace).", show_default=False)
     ] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Closed loop: this many outstanding.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Open loop: requests per second (default: all at once).")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Open loop: requests per second (default: inf, all at once).")
+    ] = None,
     burstiness: Annotated[
         float, typer.Option(help="Gamma shape of the gaps: 1 Poisson, below 1 burstier, inf constant.")
     ] = 1.0,
@@ -63,6 +65,7 @@ def bench(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same requests and arrivals.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     ignore_eos: Annotated[bool, typer.Option(help="Generate exactly the asked number of tokens.")] = True,
+    warm_up: Annotated[int, typer.Option(min=0, help="Send this many requests first, unmeasured.")] = 0,
     slo: Annotated[str | None, typer.Option(help="Goodput bounds, as in ttft=200ms,tpot=50ms,e2e=10s.")] = None,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request counts as failed.")] = 3600.0,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer token.")] = None,
@@ -80,6 +83,7 @@ def bench(
         prompts=prompts, token_ids=token_ids, tokenizer=tokenizer, seed=seed,
     )  # fmt: skip
     todo = make_requests(traffic)
+    warm = make_warm_up(traffic, warm_up) if warm_up else []
     if options != EngineOptions() and not offline:
         raise InvalidInput("MODEL, --devices and the other options of an engine need --offline; leave them out")
     if served is not None and options.model not in (None, served):
@@ -107,6 +111,7 @@ def bench(
     async def measure() -> str | None:
         async with target() as (send, name, limit):
             check_fits(todo, limit)
+            await drive.open_loop(warm, send, drive.new_run(warm, open_loop=True))
             with progress_bar(len(todo), sys.stderr.isatty() if progress is None else progress) as on_done:
                 if concurrency is not None:
                     await drive.closed_loop(todo, concurrency, send, run, on_done)

@@ -1,9 +1,11 @@
 """What one run sends and when: the options of `evener bench`, checked, and the request list they ask for."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from evener.errors import InvalidInput
 from evener.workload import arrivals
@@ -22,7 +24,7 @@ class Traffic(Struct, frozen=True, kw_only=True):
     requests: int | None = None
     concurrency: int | None = None
     rate: float | None = None
-    """Requests per second."""
+    """Requests per second; inf: all at once."""
     burstiness: float = 1.0
     trace: Path | None = None
     rate_scale: float = 1.0
@@ -62,10 +64,21 @@ def make_requests(t: Traffic) -> list[TimedRequest]:
         outputs = parse_lengths(t.output_tokens or DEFAULT_OUTPUT, "--output-tokens")
         n = t.requests or DEFAULT_REQUESTS
         times = arrivals.at_once(n)
-    if t.rate is not None:
+    if t.rate == math.inf:
+        times = arrivals.at_once(n)
+    elif t.rate is not None:
         # a stream of its own: changing the rate must not change the requests
         times = arrivals.gamma(n, t.rate, t.burstiness, np.random.default_rng(t.seed + 1000))
     return build_requests(times, inputs, outputs, _prompts(t), t.seed)
+
+
+def make_warm_up(t: Traffic, n: int) -> list[TimedRequest]:
+    """`n` unmeasured requests, all at once: the first of the same traffic, at most 8 output tokens, other prompts.
+
+    Other prompts, so that the measured ones find nothing of theirs in a prefix cache.
+    """
+    again = replace(t, requests=n, seed=t.seed + 1, concurrency=None, rate=math.inf, burstiness=1.0, rate_scale=1.0)
+    return [replace(r, output_tokens=min(8, r.output_tokens)) for r in make_requests(again)]
 
 
 def _trace(t: Traffic, path: Path, replayed: bool) -> Trace:
