@@ -7,22 +7,25 @@ from contextlib import asynccontextmanager
 
 import pytest
 from fake import EOS, MODEL, FakeEngine, tiny_tokenizer
-from openai import APIStatusError, AsyncOpenAI
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
 from evener.errors import StartFailed
 from evener.serve import FrontConfig, create_app, run
+from evener.serve.server import bind
 
 pytestmark = pytest.mark.anyio
 
 
 @asynccontextmanager
-async def serving(engine: FakeEngine, grace_s: int = 5) -> AsyncIterator[tuple[int, asyncio.Event]]:
+async def serving(
+    engine: FakeEngine, grace_s: int = 5, listener: socket.socket | None = None
+) -> AsyncIterator[tuple[int, asyncio.Event]]:
     """The port, and the event that stops the server."""
     config = FrontConfig(served_model_names=(MODEL,), eos_token_ids=(EOS,))
     app = create_app(engine, tiny_tokenizer(), config)
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
-    task = asyncio.create_task(run(app, port=0, ready=port.set_result, stop=stop, grace_s=grace_s))
+    task = asyncio.create_task(run(app, port=0, ready=port.set_result, stop=stop, grace_s=grace_s, listener=listener))
     try:
         yield await asyncio.wait_for(port, 10), stop
     finally:
@@ -102,6 +105,29 @@ async def test_a_stop_ends_what_does_not_finish_in_time() -> None:
         with pytest.raises(APIStatusError, match="the server is stopping") as caught:
             await task
         assert caught.value.status_code == 503
+
+
+async def test_a_stop_breaks_off_a_stream_that_does_not_finish_in_time() -> None:
+    engine = FakeEngine("fox " * 1000, delay_s=0.05)
+    async with serving(engine, grace_s=0) as (port, stop), api(port) as client:
+        stream = await client.completions.create(model=MODEL, prompt="hi", max_tokens=200, stream=True)
+        await anext(aiter(stream))
+        stop.set()
+        with pytest.raises(APIConnectionError):
+            async for _ in stream:
+                pass
+        assert not engine.live
+
+
+async def test_the_port_is_claimed_before_anybody_is_let_in() -> None:
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)
+    async with serving(FakeEngine(), listener=listener) as (served, _):
+        assert served == port
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
 
 
 async def test_port_in_use_is_named_with_the_remedy() -> None:

@@ -41,7 +41,7 @@ class Vocabulary:
         self._special = set(tokenizer.all_special_ids)
         self._special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._bytes: dict[int, bytes] = {}
-        self.longest = max(len(piece.encode()) for piece in tokenizer.get_vocab())
+        self.longest = max(len(self.bytes_of(token)) for token in tokenizer.get_vocab().values())
         """No token stands for more bytes than this."""
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
