@@ -5,6 +5,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from importlib import import_module
+from itertools import count
 from typing import Any, cast
 
 from evener.engine.request import Request, SamplingParams
@@ -24,7 +25,9 @@ class EngineClient:
         self._timeout_s = timeout_s
         self._temperature = temperature
         self._stop = stop_token_ids
-        self._run = uuid.uuid4().hex[:8]  # request ids stay unique over several runs on one engine
+        # request ids stay unique over warm-up and several runs on one engine
+        self._run = uuid.uuid4().hex[:8]
+        self._sent = count()
 
     async def send(self, request: TimedRequest, record: Record, now: Clock) -> None:
         """Submit one request and take all its answers (a `Send` of the drive loops).
@@ -34,7 +37,7 @@ class EngineClient:
         if isinstance(request.prompt, str):
             raise InvalidInput("an engine takes token ids, not text; leave --prompts at ids")
         asked = Request(
-            request_id=f"bench-{self._run}-{request.index}",
+            request_id=f"bench-{self._run}-{next(self._sent)}",
             prompt_len=request.input_tokens,
             max_tokens=request.output_tokens,
             prompt=request.prompt,
