@@ -9,7 +9,10 @@ _FP32 = torch.float32
 
 def native(*tensors: torch.Tensor) -> bool:
     """True if the native kernels take these tensors: all fp32, all on the CPU."""
-    return all(t.dtype is _FP32 and t.is_cpu for t in tensors)
+    for t in tensors:  # noqa: SIM110 - all() with a generator takes three times as long
+        if t.dtype is not _FP32 or not t.is_cpu:
+            return False
+    return True
 
 
 def fail(name: str, tensor: torch.Tensor, want: str) -> NoReturn:

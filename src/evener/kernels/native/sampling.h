@@ -31,16 +31,26 @@ EVENER_INLINE vu mix(vu x) {
   return x;
 }
 
-// Gumbel noise from 32 random bits: w = (bits / 2 + 1/2) / 2^31 in (0, 1), g = -log(-log(1 - w)). Taking u = 1 - w keeps
-// the full resolution where g is large. log(1 - w) by Kahan's correction for the rounding of 1 - w.
-EVENER_INLINE vf gumbel(vu bits) {
+// w = (bits / 2 + 1/2) / 2^31, in (0, 1).
+EVENER_INLINE vf uniform(vu bits) {
   const float below_one = 0.99999994f;  // 1 - 2^-24
   vf w = (__builtin_convertvector((vi)(bits >> 1), vf) + 0.5f) * 4.656612873e-10f;
-  w = w > below_one ? set1(below_one) : w;
+  return w > below_one ? set1(below_one) : w;
+}
+
+// Gumbel noise -log(-log(1 - w)): u = 1 - w keeps the full resolution where the noise is large. log(1 - w) by Kahan's
+// correction for the rounding of 1 - w.
+EVENER_INLINE vf gumbel(vf w) {
   vf y = 1.0f - w;
   vf lost = 1.0f - y;
   vf e = lost == 0.0f ? w : -log_vec(y) * (w / (lost == 0.0f ? set1(1.0f) : lost));
   return -log_vec(e);
+}
+
+// At least gumbel(w), cheaply: -log(-log(1 - w)) <= -log(w) <= -log(2^floor(log2(w))). The surplus covers rounding.
+EVENER_INLINE vf gumbel_bound(vf w) {
+  vf exponent = __builtin_convertvector(127 - ((vi)w >> 23), vf);
+  return exponent * 0.6931472f + 1e-3f;
 }
 
 constexpr float GUMBEL_MAX = 23.0f;  // the largest noise is -log(2^-32) = 22.18
@@ -48,16 +58,15 @@ constexpr float GUMBEL_MAX = 23.0f;  // the largest noise is -log(2^-32) = 22.18
 Best gumbel_best(const float* x, int64_t n, float inv_temperature, uint32_t key_lo, uint32_t key_hi, uint32_t first,
                  float floor) {
   Best best = {NEG_INF, 0};
-  vu lane = (vu)lane_index();
+  vu lane = (vu)lane_index() + first;
   for (int64_t i = 0; i < n; i += W) {
     vf logit = i + W <= n ? load(x + i) : load_part(x + i, n - i, NEG_INF);
     vi allowed = logit >= floor;
-    // No noise can lift these above the best: skip the hash and the logarithms.
-    vf bound = logit * inv_temperature + GUMBEL_MAX;
-    if (!any(allowed & (bound > best.value))) continue;
-    vu bits = mix(mix((lane + (first + uint32_t(i))) ^ key_lo) + key_hi);
-    vf score = allowed ? logit * inv_temperature + gumbel(bits) : set1(NEG_INF);
-    if (!any(score > best.value)) continue;
+    // Most logits cannot exceed the best whatever their noise is, or do not with their share of it: no logarithms.
+    if (!any(allowed & (logit * inv_temperature + GUMBEL_MAX > best.value))) continue;
+    vf w = uniform(mix(mix((lane + uint32_t(i)) ^ key_lo) + key_hi));
+    if (!any(allowed & (logit * inv_temperature + gumbel_bound(w) > best.value))) continue;
+    vf score = allowed ? logit * inv_temperature + gumbel(w) : set1(NEG_INF);
     for (int j = 0; j < W; ++j)
       if (score[j] > best.value) best = {score[j], i + j};
   }
@@ -68,7 +77,7 @@ void noise_of(const int64_t* index, int64_t n, uint32_t key_lo, uint32_t key_hi,
   for (int64_t i = 0; i < n; i += W) {
     vu at{};
     for (int j = 0; j < W && i + j < n; ++j) at[j] = uint32_t(index[i + j]);
-    store_part(out + i, n - i < W ? n - i : W, gumbel(mix(mix(at ^ key_lo) + key_hi)));
+    store_part(out + i, n - i < W ? n - i : W, gumbel(uniform(mix(mix(at ^ key_lo) + key_hi))));
   }
 }
 

@@ -1,0 +1,107 @@
+"""Paged attention: equal to the reference, and bit for bit independent of everything but its own sequence."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import Paged, paged
+
+from evener import kernels
+
+heads = st.sampled_from([[0], [0, 0, 0, 1, 1], [0, 1, 0, 1], [0] * 7, [0] * 50, [0, 0, 1, 1, 2, 2]])
+chunk = st.tuples(st.integers(0, 150), st.one_of(st.just(1), st.integers(1, 90)))
+use_fixture = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@use_fixture
+@given(
+    chunks=st.lists(chunk, min_size=1, max_size=4),
+    kv_of_head=heads,
+    dim=st.sampled_from([16, 48, 64, 80, 128]),
+    padding=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_equals_reference(
+    isa: str, chunks: list[tuple[int, int]], kv_of_head: list[int], dim: int, padding: int, seed: int
+) -> None:
+    case = paged(chunks, kv_of_head, dim, padding, seed)
+    torch.testing.assert_close(case.run(), case.reference(), rtol=1e-5, atol=1e-5)
+
+
+def one_chunk(case: Paged, r: int, first: int, count: int) -> Paged:
+    """Rows [first, first + count) of sequence r, alone in a batch."""
+    row = int(case.cu_R[r]) + first
+    return Paged(
+        case.q_TQD[row : row + count].clone(),
+        case.k_slab,
+        case.v_slab,
+        torch.tensor([0, count], dtype=torch.int32),
+        case.start_R[r : r + 1] + first,
+        case.tables_RM[r : r + 1].clone(),
+        case.kv_of_head,
+        case.scale,
+    )
+
+
+@use_fixture
+@given(
+    chunks=st.lists(chunk, min_size=2, max_size=4), kv_of_head=heads, cut=st.integers(1, 80), seed=st.integers(0, 99)
+)
+def test_batch_and_chunk_invariance(
+    isa: str, chunks: list[tuple[int, int]], kv_of_head: list[int], cut: int, seed: int
+) -> None:
+    """A sequence alone, cut in two chunks, and its last row alone (as a decode) give the bits of the mixed batch."""
+    case = paged(chunks, kv_of_head, 32, 0, seed)
+    whole = case.run()
+    for r, (_, count) in enumerate(chunks):
+        expected = whole[case.cu_R[r] : case.cu_R[r + 1]]
+        at = min(cut, count - 1)
+        parts = [one_chunk(case, r, 0, at).run()] if at else []
+        parts.append(one_chunk(case, r, at, count - at).run())
+        assert torch.equal(torch.cat(parts), expected)
+        assert torch.equal(one_chunk(case, r, count - 1, 1).run(), expected[-1:])
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_thread_invariance(isa: str, n: int) -> None:
+    case = paged([(0, 70), (200, 1), (33, 40), (64, 1)], [0, 0, 0, 1, 1], 64)
+    alone = case.run()
+    kernels.set_threads(n)
+    for _ in range(20):
+        assert torch.equal(case.run(), alone)
+
+
+def test_large_scores_do_not_overflow(isa: str) -> None:
+    case = paged([(40, 20)], [0, 0], 64)
+    case.q_TQD *= 1e4
+    torch.testing.assert_close(case.run(), case.reference(), rtol=1e-3, atol=1e-3)
+
+
+def test_head_size_not_a_multiple_of_16_takes_the_reference(isa: str) -> None:
+    case = paged([(5, 20)], [0, 0], 24)
+    torch.testing.assert_close(case.run(), case.reference(), rtol=1e-5, atol=1e-5)
+
+
+def test_no_sequences_leave_the_output_alone(isa: str) -> None:
+    case = paged([(0, 3)], [0], 16)
+    case.cu_R, case.start_R, case.tables_RM = torch.zeros(1, dtype=torch.int32), case.start_R[:0], case.tables_RM[:0]
+    assert torch.equal(case.run(), torch.full_like(case.q_TQD, -7.0))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("tables_RM", torch.tensor([[99, 0]], dtype=torch.int32), r"tables_RM holds 99, outside \[0, 4\)"),
+        ("tables_RM", torch.tensor([[1]], dtype=torch.int32), r"reads keys 0..20, its block table holds 16"),
+        ("kv_of_head", torch.tensor([0, 2], dtype=torch.int32), r"kv_of_head holds 2"),
+        ("cu_R", torch.tensor([0, 21], dtype=torch.int32), r"cu_R must not fall nor leave \[0, 20\]"),
+        ("cu_R", torch.tensor([0, 20]), r"cu_R is int64 .* must be contiguous int32"),
+        ("q_TQD", torch.zeros(20, 2, 32)[:, :, ::2], r"q_TQD .* must be contiguous"),
+        ("v_slab", torch.zeros(1, 4, 16, 32), r"v_slab is float32 \(1, 4, 16, 32\)"),
+    ],
+)
+def test_wrong_arguments_are_refused(field: str, value: torch.Tensor, message: str) -> None:
+    case = paged([(0, 20)], [0, 0], 16)
+    setattr(case, field, value)
+    with pytest.raises(ValueError, match=message):
+        case.run()
