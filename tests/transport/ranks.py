@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from evener.execute.live.transport.layout import GroupSpec, PipeSpec, SegmentLayout
-from evener.execute.live.transport.shm import Segment, ShmGroup, ShmPipe
+from evener.execute.live.transport.shm import SPIN, Segment, ShmGroup, ShmPipe
 from evener.units import Seconds
 
 WORKER = Path(__file__).with_name("rank_process.py")
@@ -28,13 +28,14 @@ def in_threads(n: int, body: Callable[[int], Any]) -> list[Any]:
         return [f.result() for f in [pool.submit(body, rank) for rank in range(n)]]
 
 
-def with_group(spec: GroupSpec, body: Callable[[ShmGroup], Any], deadline: float = 20.0) -> list[Any]:
+def with_group(spec: GroupSpec, body: Callable[[ShmGroup], Any], spin: float = SPIN) -> list[Any]:
     """body(group) on every rank of a fresh group."""
     layout = SegmentLayout.plan([spec])
     segment = Segment.create(layout)
     try:
         return in_threads(
-            len(spec.devices), lambda rank: body(ShmGroup(segment, layout.groups[0], rank, Seconds(deadline)))
+            len(spec.devices),
+            lambda rank: body(ShmGroup(segment, layout.groups[0], rank, Seconds(20.0), Seconds(spin))),
         )
     finally:
         segment.close()

@@ -30,10 +30,10 @@ def rank_order_sum(parts: list[torch.Tensor]) -> torch.Tensor:
 @settings(max_examples=40, deadline=None)
 @given(
     ranks=st.integers(1, 4), count=COUNTS, slot=SLOTS, seed=st.integers(0, 99),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), spin=st.sampled_from([0.0, 1e-4]),
 )  # fmt: skip
 def test_all_reduce_is_the_sum_in_rank_order_on_every_rank(
-    ranks: int, count: int, slot: int, seed: int, dtype: torch.dtype
+    ranks: int, count: int, slot: int, seed: int, dtype: torch.dtype, spin: float
 ) -> None:
     # Three in a row: the slots are used in turn, and the last must not see the first.
     rounds = [inputs(ranks, (count,), dtype, seed + i) for i in range(3)]
@@ -44,7 +44,7 @@ def test_all_reduce_is_the_sum_in_rank_order_on_every_rank(
             group.all_reduce(t)
         return mine
 
-    for got in with_group(GroupSpec(names(ranks), slot_bytes=slot), body):
+    for got in with_group(GroupSpec(names(ranks), slot_bytes=slot), body, spin):
         for t, parts in zip(got, rounds, strict=True):
             assert torch.equal(t, rank_order_sum(parts))
 

@@ -47,7 +47,10 @@ def test_a_deadline_names_who_had_not_arrived_and_ends_the_segment() -> None:
     segment = Segment.create(LAYOUT)
 
     def body(rank: int) -> WorkerLost:
-        group = ShmGroup(segment, LAYOUT.groups[0], rank, deadline=Seconds(0.2))
+        attached = Segment.attach(os.open(segment.path, os.O_RDWR))
+        group = ShmGroup(attached, LAYOUT.groups[0], rank, deadline=Seconds(0.2))
+        attached.close()  # the group has its own hold
+        assert not attached.abort("cpu:0", "closed")
         with pytest.raises(WorkerLost) as e:
             group.all_reduce(torch.ones(4))
         return e.value

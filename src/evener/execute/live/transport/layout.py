@@ -19,8 +19,9 @@ class GroupSpec(Struct, frozen=True):
 
     devices: tuple[str, ...]
     slot_bytes: Bytes = Bytes(256 << 10)
-    """Of each rank's tensor in one step; a larger tensor takes several. A multiple of 4096. The segment holds
-    about 2 * ranks * (slot_bytes + slot_bytes / ranks)."""
+    """Of each rank's tensor in one step; a larger tensor takes several. A multiple of 4096. This size stays in a core's
+    second-level cache; with more ranks than cores, 1 MiB makes large tensors meet less often. The group takes
+    2 * (ranks + 1) * slot_bytes of memory."""
     delay: Seconds = Seconds(0.0)
     """Declared, one way. The group's ranks must declare the same: the worst link among them."""
     bandwidth: float | None = None

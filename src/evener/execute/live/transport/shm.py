@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 DEADLINE = Seconds(60.0)
 SPIN = Seconds(100e-6)
 """Longest spin before a sleep; twice what falling asleep and being woken costs. Shorter while waits last longer, none
-while a missing peer was last seen on this rank's own core."""
+while a missing peer was last seen on this rank's own core. Pass 0 to ranks that share cores with other replicas."""
 
 _SUMMABLE = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -86,8 +86,8 @@ class Segment:
     def abort(self, device: str, reason: str) -> bool:
         """Make every present and future wait raise WorkerLost(device, reason), at once.
 
-        The first abort wins: True when it was this one. Names longer than 127 bytes and reasons longer than 639
-        are cut.
+        The first abort wins: True when it was this one; False too when this segment is closed. Names longer than 127
+        bytes and reasons longer than 639 are cut.
         """
         return self.native.abort(device, reason)
 
@@ -109,7 +109,7 @@ class ShmGroup:
         self.rank = rank
         self.size = len(region.spec.devices)
         self._spec = region.spec
-        self._segment = segment
+        self._segment = Segment(segment.native.share())  # to abort it, also when the caller has closed its own
         self._linked = region.spec.delay > 0 or region.spec.bandwidth is not None
         self._native: _shm.Group | None = _shm.Group(
             segment.native, region.offset, region.first_bell, rank, self.size, region.spec.slot_bytes,
@@ -157,6 +157,7 @@ class ShmGroup:
     def close(self) -> None:
         """See `base.Group`. Peers are not told; abort the segment to stop them."""
         self._native = None
+        self._segment.close()
 
     def _floor(self, op: str, nbytes: int) -> int:
         return link_time(op, nbytes, self.size, self._spec.delay, self._spec.bandwidth)
@@ -200,7 +201,7 @@ class ShmPipe:
             raise ValueError(f"pipe role {role!r}; it is send or recv")
         spec = region.spec
         self.role = role
-        self._segment = segment
+        self._segment = Segment(segment.native.share())  # to abort it, also when the caller has closed its own
         self._peer = spec.receiver if role == "send" else spec.sender
         self._native: _shm.Pipe | None = _shm.Pipe(
             segment.native, region.offset, region.first_bell, role == "send", spec.capacity, ns(deadline), ns(spin),
@@ -231,6 +232,7 @@ class ShmPipe:
     def close(self) -> None:
         """See `base.Pipe`. The peer is not told; abort the segment to stop it."""
         self._native = None
+        self._segment.close()
 
     @contextmanager
     def _peers(self, role: str) -> "Iterator[_shm.Pipe]":

@@ -61,7 +61,7 @@ NB_MODULE(_shm, m) {
       .def_prop_ro("fd", &Segment::fd)
       .def_prop_ro("size", [](const Segment& s) { return s.map()->size(); })
       .def("abort", [](const Segment& s, const std::string& device,
-                       const std::string& reason) { return s.map()->abort(device, reason); },
+                       const std::string& reason) { return !s.closed() && s.map()->abort(device, reason); },
            "device"_a, "reason"_a)
       .def("aborted",
            [](const Segment& s) -> std::optional<std::pair<std::string, std::string>> {
@@ -70,6 +70,7 @@ NB_MODULE(_shm, m) {
              Aborted a = map->why();
              return std::pair{a.device, a.reason};
            })
+      .def("share", &Segment::share)
       .def("close", &Segment::close);
 
   nb::class_<Group>(m, "Group")

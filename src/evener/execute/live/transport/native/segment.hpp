@@ -78,7 +78,9 @@ class Segment {
   Segment(Segment&& other) noexcept : map_(std::move(other.map_)), fd_(std::exchange(other.fd_, -1)) {}
   ~Segment() { close(); }
 
-  std::shared_ptr<Mapping> map() const;
+  std::shared_ptr<Mapping> map() const;  // throws once closed
+  bool closed() const { return !map_; }
+  Segment share() const { return Segment(map(), -1); }  // a hold of its own on the mapping
   int fd() const { return fd_; }
   void close();  // closes the descriptor and drops this hold on the mapping
 

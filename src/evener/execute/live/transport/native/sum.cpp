@@ -5,7 +5,7 @@
 
 // The widest registers of the machine it runs on, chosen by the loader. Additions alone: same bits everywhere.
 #if defined(__x86_64__) && defined(__GLIBC__)
-#define EVENER_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#define EVENER_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define EVENER_CLONES
 #endif

@@ -1,3 +1,8 @@
+# memfd and futex: Linux only. Elsewhere shm.py says so, and torchdist.py remains.
+if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
+  return()
+endif()
+
 nanobind_add_module(_shm NB_STATIC NOMINSIZE
   src/evener/execute/live/transport/native/module.cpp
   src/evener/execute/live/transport/native/segment.cpp
