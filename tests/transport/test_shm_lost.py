@@ -48,7 +48,7 @@ def test_a_deadline_names_who_had_not_arrived_and_ends_the_segment() -> None:
 
     def body(rank: int) -> WorkerLost:
         attached = Segment.attach(os.open(segment.path, os.O_RDWR))
-        group = ShmGroup(attached, LAYOUT.groups[0], rank, deadline=Seconds(0.2))
+        group = ShmGroup(attached, LAYOUT.groups[0], rank, deadline=Seconds(1.0))
         attached.close()  # the group has its own hold
         assert not attached.abort("cpu:0", "closed")
         with pytest.raises(WorkerLost) as e:
@@ -57,7 +57,7 @@ def test_a_deadline_names_who_had_not_arrived_and_ends_the_segment() -> None:
 
     for lost in in_threads(2, body):  # rank 2 never comes
         assert lost.device == "cpu:2"
-        assert "rank 2 had not arrived at collective 0" in lost.reason and "0.2 s" in lost.reason
+        assert "rank 2 had not arrived at collective 0" in lost.reason and "within 1 s" in lost.reason
     with pytest.raises(WorkerLost, match="rank 2"):
         body_of_late_rank = ShmGroup(segment, LAYOUT.groups[0], 2)
         body_of_late_rank.all_reduce(torch.ones(4))
@@ -79,6 +79,7 @@ def test_a_pipe_has_a_deadline_at_both_ends(role: str) -> None:
 def test_abort_cuts_a_declared_delay_short() -> None:
     segment, sender, receiver = pipe_ends(PipeSpec("cpu:0", "cpu:1", delay=Seconds(30.0)))
     sender.send(torch.ones(2))
+    assert not receiver.poll()  # sent, not yet due
     threading.Timer(0.1, lambda: segment.abort("cpu:0", "fenced")).start()
     with pytest.raises(WorkerLost, match="fenced"):
         receiver.recv(torch.ones(2))
@@ -156,7 +157,7 @@ def test_a_killed_peer_is_reported_by_the_hosts_abort() -> None:
 
 @pytest.mark.slow
 def test_a_stopped_peer_is_named_at_the_deadline() -> None:
-    with Ranks(LAYOUT, "reduce_forever", 3, deadline=1) as ranks:
+    with Ranks(LAYOUT, "reduce_forever", 3, deadline=3) as ranks:
         assert [ranks.line(r) for r in range(3)] == [["going"]] * 3
         os.kill(ranks.pids[2], signal.SIGSTOP)
         for r in (0, 1):

@@ -21,7 +21,7 @@ def late_rank(group: ShmGroup) -> list[Stamp]:
         lambda: group.all_to_all(t, torch.empty_like(t)),
     ):
         if group.rank == 1:
-            time.sleep(0.05)
+            time.sleep(0.2)
         stamps.append(call())
     return stamps
 
@@ -52,7 +52,7 @@ def test_a_late_sender_shows_as_waiting_on_the_receiver() -> None:
 
     def body(rank: int) -> Stamp:
         if rank == 0:
-            time.sleep(0.05)
+            time.sleep(0.2)
             return sender.send(torch.ones(4))
         return receiver.recv(torch.zeros(4))
 

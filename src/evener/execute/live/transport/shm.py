@@ -109,6 +109,7 @@ class ShmGroup:
         self.rank = rank
         self.size = len(region.spec.devices)
         self._spec = region.spec
+        self._deadline = deadline
         self._segment = Segment(segment.native.share())  # to abort it, also when the caller has closed its own
         self._linked = region.spec.delay > 0 or region.spec.bandwidth is not None
         self._native: _shm.Group | None = _shm.Group(
@@ -173,12 +174,11 @@ class ShmGroup:
         except _shm.Aborted as e:
             raise WorkerLost(*e.args) from None
         except _shm.Late as e:
-            missing, waited_ns = e.args
-            late = [r for r in range(self.size) if missing >> r & 1]
+            late = [r for r in range(self.size) if e.args[0] >> r & 1]
             ranks = ("rank " if len(late) == 1 else "ranks ") + ", ".join(map(str, late))
             reason = (
                 f"{ranks} had not arrived at collective {native.operations} of rank {self.rank} "
-                f"({self._spec.devices[self.rank]}) after {waited_ns / NS_PER_S:.3g} s, its deadline"
+                f"({self._spec.devices[self.rank]}) within {self._deadline:.3g} s, its deadline"
             )
             raise _lost(self._segment, ", ".join(self._spec.devices[r] for r in late), reason) from None
         except _shm.Mismatch as e:
@@ -201,6 +201,7 @@ class ShmPipe:
             raise ValueError(f"pipe role {role!r}; it is send or recv")
         spec = region.spec
         self.role = role
+        self._deadline = deadline
         self._segment = Segment(segment.native.share())  # to abort it, also when the caller has closed its own
         self._peer = spec.receiver if role == "send" else spec.sender
         self._native: _shm.Pipe | None = _shm.Pipe(
@@ -246,9 +247,9 @@ class ShmPipe:
             yield native
         except _shm.Aborted as e:
             raise WorkerLost(*e.args) from None
-        except _shm.Late as e:
+        except _shm.Late:
             what = "received nothing from a full pipe" if role == "send" else "sent nothing into an empty pipe"
-            reason = f"it {what} for {e.args[1] / NS_PER_S:.3g} s, the deadline"
+            reason = f"it {what} for {self._deadline:.3g} s, the deadline"
             raise _lost(self._segment, self._peer, reason) from None
         except _shm.Mismatch as e:
             raise ValueError(str(e)) from None

@@ -31,7 +31,7 @@ void translate(const std::exception_ptr& p, void*) {
   } catch (const Aborted& e) {
     PyErr_SetObject(aborted_error, nb::make_tuple(e.device, e.reason).ptr());
   } catch (const Late& e) {
-    PyErr_SetObject(late_error, nb::make_tuple(e.missing, e.waited_ns).ptr());
+    PyErr_SetObject(late_error, nb::make_tuple(e.missing).ptr());
   } catch (const Mismatch& e) {
     PyErr_SetString(mismatch_error, e.what.c_str());
   } catch (const std::system_error& e) {

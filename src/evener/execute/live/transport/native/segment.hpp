@@ -43,7 +43,6 @@ struct Aborted {
 // Raised when a wait passed its deadline: the peers (bits) that had not arrived.
 struct Late {
   uint32_t missing;
-  int64_t waited_ns;
 };
 
 int64_t now_ns();  // CLOCK_MONOTONIC

@@ -92,7 +92,7 @@ class Waiter {
       const int64_t left = start + deadline_ns_ - now_ns();
       if (left <= 0) {
         bell_.awaited.store(0);
-        throw Late{m, now_ns() - start};
+        throw Late{m};
       }
       sleep(gil, m, left);
     }
