@@ -7,6 +7,7 @@ import typer
 from evener.cli.bench import bench
 from evener.cli.devices import devices
 from evener.cli.serve import serve
+from evener.cli.verify import verify
 from evener.errors import EvenerError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(devices)
 app.command()(bench)
+app.command()(verify)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from evener.cli.engine_options import with_engine_options
 from evener.errors import InvalidInput
 from evener.serve.app import create_app
 from evener.serve.front import FrontConfig
-from evener.serve.server import run
+from evener.serve.server import bind, run
 
 
 @with_engine_options
@@ -58,6 +58,7 @@ async def _serve(
         f"  {tokens} tokens of KV per replica, sequences up to {prepared.max_model_len}, "
         f"batches up to {prepared.max_num_batched_tokens} tokens"
     )
+    listener = bind(host, port)  # a port in use is refused before the model loads
     starting = asyncio.create_task(start_engine(prepared=prepared, progress=lambda text: _say(f"  {text}")))
     # The tokenizer loads while the workers do.
     tokenizer = await asyncio.to_thread(source.tokenizer)
@@ -66,6 +67,6 @@ async def _serve(
     try:
         config = FrontConfig(served_model_names=names, eos_token_ids=eos, api_key=api_key, chat_template=template)
         app = create_app(engine, tokenizer, config)
-        await run(app, host, port, ready=lambda p: _say(f"evener: ready on http://{host}:{p}/v1"))
+        await run(app, host, port, listener=listener, ready=lambda p: _say(f"evener: ready on http://{host}:{p}/v1"))
     finally:
         await engine.close()

@@ -52,7 +52,7 @@ def load(config: WorkerConfig) -> tuple[Runner, Ready]:
     first, last = config.stage == 0, config.stage == len(replica.stages) - 1
     model = StageModel(
         open_model(config.model), config.spec, stage, shard, first_stage=first, last_stage=last, rank=config.rank,
-        dtype=_TORCH_DTYPE[config.dtype], device="cpu",
+        dtype=_TORCH_DTYPE[config.dtype], device="cpu", max_position=config.max_model_len,
     )  # fmt: skip
     kv = model.allocate_kv(config.kv_blocks)
     pace = Pace(device.slowdown)

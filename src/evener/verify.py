@@ -1,0 +1,211 @@
+"""Proves plan equivalence (law 6) through the live path, against transformers.
+
+Prompts run all at once through a real engine whose KV is too small for them, so that chunks, mixed batches, prefix
+hits and preemption all happen. Then transformers computes the same sequences, teacher-forced: at every position the
+engine's token must be the reference's argmax, unless the reference's best two are closer than the tolerance. By
+induction the greedy texts are then the same up to such ties.
+"""
+
+import random
+from typing import Any
+
+import torch
+from msgspec import Struct
+
+from evener.engine.batch import TokenLogprobs
+from evener.errors import InvalidInput
+from evener.llm import LLM, RequestOutput, SamplingParams
+from evener.model.source import ModelSource
+
+TOLERANCE = {"fp32": 1e-3}
+"""Largest error of a log-probability over the spread of its row (greatest minus least over the vocabulary)."""
+_KEPT = 128
+"""Reference log-probabilities kept per position: more than the engine is asked for."""
+_TOP = 8
+
+
+class Verdict(Struct, frozen=True):
+    """What `evener verify` reports."""
+
+    plan: str
+    passed: bool
+    max_rel_err: float
+    """Over all compared log-probabilities (the best of every position): |engine - reference| / row spread."""
+    greedy_equal: int
+    """Sequences whose whole greedy text is the reference's."""
+    diverged_at_ties: int
+    """Sequences that left the reference where its best two tokens are closer than the tolerance."""
+    diverged_wrongly: int
+    """Sequences that left it elsewhere: a defect."""
+    sequences: int
+    positions: int
+    tolerance: float
+    chunked_prompts: int
+    mixed_batches: int
+    prefix_hit_tokens: int
+    preemptions: int
+    seconds: float
+
+
+class _Position(Struct, frozen=True):
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    spread: float
+
+
+class Reference:
+    """transformers' own loading of the same weights, in fp32, one sequence at a time; results are kept."""
+
+    def __init__(self, source: ModelSource) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        quiet: Any = logging
+        quiet.disable_progress_bar()
+        path = source.path
+        where: dict[str, Any] = {"dtype": torch.float32}
+        if path.suffix == ".gguf":
+            where["gguf_file"] = path.name
+            path = path.parent
+        loader: Any = AutoModelForCausalLM
+        self._model = loader.from_pretrained(path, **where).eval()
+        self._known: dict[tuple[int, ...], list[_Position]] = {}
+
+    @torch.inference_mode()
+    def positions(self, tokens: list[int], start: int) -> list[_Position]:
+        """The best log-probabilities after each of tokens[start:]."""
+        key = (start, *tokens)
+        if key not in self._known:
+            logits = self._model(torch.tensor([tokens])).logits[0, start:].float()
+            logprobs = torch.log_softmax(logits, -1)
+            top = logprobs.topk(min(_KEPT, logprobs.shape[-1]))
+            spread = (logprobs.amax(-1) - logprobs.amin(-1)).tolist()
+            self._known[key] = [_Position(i, v, s) for i, v, s in zip(top.indices, top.values, spread, strict=True)]
+        return self._known[key]
+
+
+def make_prompts(vocab: int, count: int, longest: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts of 1 to `longest` tokens; a third share one of two prefixes."""
+    rng = random.Random(seed)
+
+    def ids(n: int) -> list[int]:
+        return [rng.randrange(min(100, vocab // 2), min(vocab, 40_000)) for _ in range(n)]
+
+    shared = [ids(longest // 3), ids(longest // 4)]
+    prompts = []
+    for k in range(count):
+        body = ids(max(1, min(longest, round(rng.lognormvariate(3.8, 0.9)))))
+        prompts.append((shared[k % 2] + body)[:longest] if k % 3 == 0 else body)
+    return prompts
+
+
+def compare(reference: Reference, prompt: list[int], out: RequestOutput, tolerance: float) -> tuple[float, str, int]:
+    """(largest relative error, `equal` | `tie` | `wrong`, positions compared) of one sequence."""
+    output = out.outputs[0]
+    assert output.logprobs is not None
+    tokens = prompt + output.token_ids
+    # prompt_logprobs entry k belongs to prompt token k + 1, so it is compared with the distribution after token k.
+    start = 0 if out.prompt_logprobs else len(prompt) - 1
+    wanted: list[TokenLogprobs] = [*(out.prompt_logprobs or []), *output.logprobs]
+    positions = reference.positions(tokens[:-1], start)
+    assert len(positions) == len(wanted), f"{len(positions)} positions, {len(wanted)} log-probabilities"
+    worst, verdict = 0.0, "equal"
+    first_output = len(positions) - len(output.token_ids)
+    for k, (ours, theirs) in enumerate(zip(wanted, positions, strict=True)):
+        known = dict(zip(theirs.ids.tolist(), theirs.logprobs.tolist(), strict=True))
+        for token, logprob in ours.top:
+            if token not in known:
+                worst, verdict = float("inf"), "wrong"
+                continue
+            worst = max(worst, abs(logprob - known[token]) / theirs.spread)
+        if k >= first_output and ours.token != int(theirs.ids[0]):
+            gap = float(theirs.logprobs[0] - theirs.logprobs[1]) / theirs.spread
+            second = ours.token == int(theirs.ids[1])
+            verdict = "tie" if verdict != "wrong" and gap < tolerance and second else "wrong"
+    return worst, verdict, len(positions)
+
+
+def verify(
+    options: dict[str, Any],
+    *,
+    requests: int = 64,
+    tokens: int = 64,
+    longest: int = 160,
+    seed: int = 0,
+    reference: Reference | None = None,
+) -> Verdict:
+    """Run the engine that `options` (fields of EngineOptions) describe and compare it. Raises EvenerError."""
+    import time
+
+    from evener.api import make_options, prepare
+
+    if requests < 1 or tokens < 1:
+        raise InvalidInput(f"requests={requests} and tokens={tokens} must be at least 1")
+    began = time.monotonic()
+    dtype = options.get("dtype", "fp32")
+    settings = {"max_num_seqs": 24, "max_num_batched_tokens": 64, **options, "router": "round-robin"}
+    first = prepare(make_options(**settings))
+    longest = min(longest, first.model.max_position - tokens)
+    if longest < 1:
+        raise InvalidInput(f"tokens={tokens} leaves no room for a prompt in {first.model.max_position}; lower it")
+    # Room for about a third of what runs at once, so that preemption happens, and for the longest sequence alone.
+    per_token = first.model.kv_bytes_per_token()
+    need = max(2 * (longest + tokens), settings["max_num_seqs"] * (longest // 3 + tokens) // 3)
+    settings |= {"kv_cache_memory": f"{need * per_token}B", "max_model_len": longest + tokens}
+    prompts = make_prompts(first.model.vocab, requests, longest, seed)
+    params = [
+        SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=_TOP,
+            prompt_logprobs=_TOP if k % 8 == 1 else None,
+        )
+        for k in range(requests)
+    ]  # fmt: skip
+    with LLM(**settings) as llm:
+        plan = llm.engine.plan.name
+        counts = _Watch(llm.engine)
+        # A second time for a quarter of them, after the first has ended: whole prompts are found in the cache.
+        outputs = llm.generate(list(prompts), params)
+        again = llm.generate(list(prompts[::4]), params[::4])
+        replicas = llm.engine.status().replicas
+        kept = [*zip(prompts, outputs, strict=True), *zip(prompts[::4], again, strict=True)]
+    reference = reference or Reference(first.source)
+    tolerance = TOLERANCE[dtype]
+    worst, positions = 0.0, 0
+    verdicts = {"equal": 0, "tie": 0, "wrong": 0}
+    for prompt, out in kept:
+        error, verdict, compared = compare(reference, prompt, out, tolerance)
+        worst = max(worst, error)
+        verdicts[verdict] += 1
+        positions += compared
+    return Verdict(
+        plan=plan,
+        passed=worst <= tolerance and verdicts["wrong"] == 0,
+        max_rel_err=worst,
+        greedy_equal=verdicts["equal"],
+        diverged_at_ties=verdicts["tie"],
+        diverged_wrongly=verdicts["wrong"],
+        sequences=len(kept),
+        positions=positions,
+        tolerance=tolerance,
+        chunked_prompts=counts.chunked,
+        mixed_batches=counts.mixed,
+        prefix_hit_tokens=sum(r.prefix_hit_tokens for r in replicas),
+        preemptions=sum(r.preemptions for r in replicas),
+        seconds=time.monotonic() - began,
+    )
+
+
+class _Watch:
+    """Counts what the engine's batches contain, so that a verdict says what it covered."""
+
+    def __init__(self, engine: Any) -> None:
+        self.chunked = 0
+        self.mixed = 0
+        self._issue = engine._issue
+        engine._issue = self._count
+
+    def _count(self, command: Any) -> None:
+        batch = command.batch
+        self.chunked += sum(1 for c in batch.chunks if not c.sample)
+        self.mixed += bool(batch.chunks) and batch.step
+        self._issue(command)
