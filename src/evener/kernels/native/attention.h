@@ -83,10 +83,10 @@ EVENER_INLINE void values_of(const float* p, const float* const* v, const float*
   }
   int64_t key = 0;
   do {  // at least one key: with a test before the loop gcc spills the sums
-    int64_t at = key % BLOCK * dim + first;
-    const float* from = v[key / BLOCK] + at;
-    if (AHEAD) {
-      EVENER_UNROLL for (int c = 0; c < N; ++c) prefetch(next[key / BLOCK] + at + c * 16);
+    const float* from = v[key / BLOCK] + key % BLOCK * dim + first;
+    if (AHEAD) {  // as many lines as are read, but in the order of memory
+      const float* ahead = next[key / BLOCK] + first * BLOCK + key % BLOCK * (16 * N);
+      EVENER_UNROLL for (int c = 0; c < N; ++c) prefetch(ahead + c * 16);
     }
     outer_product(
         sum, [&](int r) EVENER_INLINED { return set1(p[r * KEY_TILE + key]); },
