@@ -6,11 +6,11 @@ therefore an exact sample of the softmax that depends neither on how the vocabul
 the batch, and ranks exchange one (score, index) pair per row instead of probabilities.
 
 Order as in vLLM: penalties on logits, temperature, then min_p, top_k, top_p, then the choice. Rows with one of these
-three also send their best `NARROW` candidates and their local mass in the same message, from which the cut is
-mostly proven (`sampling.nucleus`). Where it is not (a flat distribution under top_p), the winner over the whole
-vocabulary is tested instead: if it is inside the kept set it is the winner of the kept set too, as the noise of the
-others does not matter. Otherwise the search goes on strictly above it. That is exact, a round costs a few bytes per
-row, a second round is as rare as 1 - top_p, and no row of logits is ever sent.
+three send their best `NARROW` candidates and their local mass in the same message, from which the cut is mostly
+proven (`sampling.nucleus`). Where it is not (a flat distribution under top_p), the winner over the whole vocabulary is
+found and tested: if it is inside the kept set it is the winner of the kept set too, as the noise of the others does
+not matter. Otherwise the search goes on strictly above it. That is exact, a round costs a few bytes per row, a second
+round is as rare as 1 - top_p, and no row of logits is ever sent.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from evener.execute.live.sampling.exchange import Exchange
 from evener.execute.live.sampling.local import LocalLogits, pick
 from evener.execute.live.sampling.logprobs import token_logprobs
 from evener.execute.live.sampling.penalties import SeenTokens, apply_penalties, has_penalties
-from evener.execute.live.sampling.slots import F64, I64, RowParams, SlotTable
+from evener.execute.live.sampling.slots import I64, RowParams, SlotTable
 from evener.execute.live.transport.base import Group
 
 NARROW = 64
@@ -121,8 +121,7 @@ class Sampler:
         """One message for all rows, then the rows whose cut it did not prove."""
         rows = local.rows
         filtered = ~rows.greedy & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
-        # With top_k the kept set is listed but for ties, so that a winner over all tokens would be of no use.
-        direct = np.flatnonzero(~filtered | (rows.top_k == 0))
+        direct = np.flatnonzero(~filtered)
         groups = self._widths(np.flatnonzero(filtered), rows)
         parts = local.winners(direct)
         for at, width in groups:
@@ -130,9 +129,8 @@ class Sampler:
         got = iter(self._exchange.gather(parts))
 
         tokens_S = np.full(len(rows.key), -1, np.int64)
-        logit_S = np.full(len(rows.key), -np.inf, np.float32)
         if len(direct):
-            score, tokens_S[direct], logit_S[direct] = _best(next(got), next(got), next(got))
+            score, tokens_S[direct], _ = _best(next(got), next(got), next(got))
             _check_finite(score, direct)
         for at, _ in groups:
             logit_RFC, index_RFC, score_RFC, log_mass_RF = next(got), next(got), next(got), next(got)
@@ -141,57 +139,36 @@ class Sampler:
             _check_finite(largest, at)
             gap_RF = logit_RFC[:, :, 0].astype(np.float64) - largest
             mass_F = np.exp(log_mass_RF + gap_RF / rows.temperature[at]).sum(axis=0)
-            self._settle(local, at, found, mass_F, tokens_S, logit_S)
+            cuts = nucleus.cuts(found, rows.temperature[at], rows.top_k[at], rows.top_p[at], rows.min_p[at], mass_F)
+            tokens_S[at] = nucleus.choose(found, cuts.cut_F)
+            left = np.flatnonzero(~cuts.resolved_F)
+            if len(left):
+                tokens_S[at[left]] = self._search(local, at[left], cuts.take(left))
         return tokens_S
 
-    def _settle(
-        self,
-        local: LocalLogits,
-        at: I64,
-        found: nucleus.Candidates,
-        mass_F: F64,
-        tokens_S: I64,
-        logit_S: nucleus.F32,
-    ) -> None:
-        """Fill in the tokens of rows `at` from their merged candidates; search for those that are not proven.
-
-        `tokens_S` and `logit_S` hold the winners over the whole vocabulary where top_k is 0.
-        """
-        rows = local.rows
-        top_k, top_p = rows.top_k[at], rows.top_p[at]
-        cuts = nucleus.cuts(found, rows.temperature[at], top_k, top_p, rows.min_p[at], mass_F)
-        tokens_S[at] = np.where(cuts.resolved_F, nucleus.choose(found, cuts.cut_F), tokens_S[at])
-        # A winner over all tokens with logit >= floor has only listed tokens above it. They hold less than top_p
-        # (or the cut would be proven), so it is kept.
-        kept = (top_k == 0) & (logit_S[at] >= cuts.cut_F)
-        kept &= (top_p >= 1) | (~np.isnan(cuts.mass_F) & (logit_S[at] >= found.floor_F))
-        left = np.flatnonzero(~cuts.resolved_F & ~kept)
-        if len(left):
-            self._search(local, at[left], cuts.take(left), tokens_S, logit_S)
-
-    def _search(self, local: LocalLogits, at: I64, cuts: nucleus.Cuts, tokens_S: I64, logit_S: nucleus.F32) -> None:
+    def _search(self, local: LocalLogits, at: I64, cuts: nucleus.Cuts) -> I64:
         """Take the winner at or above a lower bound of the cut; if it is outside the nucleus, go strictly above it."""
-        rows, lower, mass, largest = local.rows, cuts.cut_F, cuts.mass_F, cuts.largest_F
-        if np.isnan(mass).any():
-            (total_RF,) = self._exchange.gather([local.mass(at, largest, lower, strict=False)])
+        top_p, lower, mass = local.rows.top_p[at], cuts.cut_F, cuts.mass_F
+        # The listed tokens hold less than top_p of a known mass (or they would prove the cut): those among them that
+        # are above the floor are kept. Without top_p the bound is the cut.
+        kept_from = np.where(top_p >= 1, lower, np.where(np.isnan(mass), np.inf, cuts.floor_F))
+        if np.isnan(mass[top_p < 1]).any():
+            (total_RF,) = self._exchange.gather([local.mass(at, cuts.largest_F, lower, strict=False)])
             mass = np.where(np.isnan(mass), total_RF.sum(axis=0), mass)
-        stale = (rows.top_k[at] > 0) | (logit_S[at] < lower)
+        tokens = np.full(len(at), -1, np.int64)
         left = np.arange(len(at))
         while len(left):
-            again = left[stale[left]]
-            if len(again):
-                floor = torch.from_numpy(lower[again]).to(self._device)
-                best = _best(*self._exchange.gather(local.winners(at[again], floor)))
-                _, tokens_S[at[again]], logit_S[at[again]] = best
-            left = left[rows.top_p[at[left]] < 1]
-            if not len(left):
-                return
-            logit = logit_S[at[left]]
-            (above_RF,) = self._exchange.gather([local.mass(at[left], largest[left], logit, strict=True)])
-            inside = (above_RF.sum(axis=0) < rows.top_p[at[left]] * mass[left]) | (logit == largest[left])
-            left = left[~inside]
-            lower[left] = np.nextafter(logit[~inside], np.float32(np.inf))
-            stale[left] = True
+            floor = torch.from_numpy(lower[left]).to(self._device)
+            score, tokens[left], logit = _best(*self._exchange.gather(local.winners(at[left], floor)))
+            _check_finite(score, at[left])
+            open_ = logit < kept_from[left]
+            left, logit = left[open_], logit[open_]
+            if len(left):
+                (above_RF,) = self._exchange.gather([local.mass(at[left], cuts.largest_F[left], logit, strict=True)])
+                outside = (above_RF.sum(axis=0) >= top_p[left] * mass[left]) & (logit < cuts.largest_F[left])
+                left, logit = left[outside], logit[outside]
+                lower[left] = np.nextafter(logit, np.float32(np.inf))
+        return tokens
 
     def _widths(self, filtered: I64, rows: RowParams) -> list[tuple[I64, int]]:
         """Filtered rows by the number of candidates they exchange: one more than top_k, so that a floor lies below."""

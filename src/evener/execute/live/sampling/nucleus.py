@@ -45,10 +45,12 @@ class Cuts(NamedTuple):
     mass_F: F64
     """Mass kept by min_p and top_k, in units of exp((logit - largest) / temperature); nan: not known yet."""
     largest_F: F32
+    floor_F: F32
+    """F, see `Candidates`."""
 
     def take(self, at: I64) -> "Cuts":
         """The rows `at`, copied."""
-        return Cuts(self.cut_F[at], self.resolved_F[at], self.mass_F[at], self.largest_F[at])
+        return Cuts(self.cut_F[at], self.resolved_F[at], self.mass_F[at], self.largest_F[at], self.floor_F[at])
 
 
 def merge(logit_RFC: F32, index_RFC: I32, score_RFC: F32) -> Candidates:
@@ -79,7 +81,7 @@ def cuts(c: Candidates, temperature_F: F64, top_k_F: I64, top_p_F: F64, min_p_F:
     # -inf means "all tokens": complete only if nothing is missing, which a floor of -inf says.
     complete = (cut > c.floor_F) | (c.floor_F == -np.inf)
     if (top_p_F >= 1).all():
-        return Cuts(cut, complete, mass_F, largest_F)
+        return Cuts(cut, complete, mass_F, largest_F, c.floor_F)
 
     weight = mass_above_largest(c.logit_FM, largest_F, temperature_F)
     weight *= c.logit_FM >= cut[:, None]
@@ -92,7 +94,7 @@ def cuts(c: Candidates, temperature_F: F64, top_k_F: I64, top_p_F: F64, min_p_F:
     nucleus = top_p_F < 1
     found = complete | covered
     cut = np.where(nucleus & found, np.maximum(cut, p_cut), cut).astype(np.float32)
-    return Cuts(cut, np.where(nucleus, found, complete), mass, largest_F)
+    return Cuts(cut, np.where(nucleus, found, complete), mass, largest_F, c.floor_F)
 
 
 def mass_above_largest(logit_FM: F32, largest_F: F32, temperature_F: F64) -> F64:
