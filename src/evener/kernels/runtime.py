@@ -41,8 +41,9 @@ def set_threads(n: int) -> None:
 def advise_huge_pages(tensor: torch.Tensor) -> bool:
     """Ask the system to back a CPU tensor by huge pages; call it before the first write. False if it will not.
 
-    KV blocks lie all over their slab, so that with small pages nearly every block costs a walk of the page table
-    (decode attention over a long context is half as fast again with huge ones). Small tensors have no whole huge page.
+    KV blocks lie all over their slab, so that with small pages nearly every block costs a walk of the page table;
+    decode attention over a long context is about a quarter faster with huge ones (benchmarks/kernels.py). Tensors
+    below a few megabytes have no whole huge page.
     """
     return tensor.is_cpu and _native.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
 

@@ -2,16 +2,16 @@
 // (token, head) rows that share a KV head.
 //
 // The arithmetic of a row is the same in every tile: keys in tiles of KEY_TILE at absolute positions; scores summed over
-// the head dimension in order; values summed over keys in order; masked keys have weight exactly 0. So a row's result does not
-// depend on its neighbours, on how its prompt was cut into chunks, or on the number of threads.
+// the head dimension in order; values summed over keys in order; masked keys have weight exactly 0. So a row's result
+// does not depend on its neighbours, on how its prompt was cut into chunks, or on the number of threads.
 #pragma once
 
 namespace {
 
 using namespace evener;
 
-// Register tile: R rows x the 16 keys of a block (scores), or x 16 columns (values). More blocks or columns at a time when
-// rows are few, to keep enough independent sums in flight.
+// Register tile: R rows x the 16 keys of a block (scores), or x 16 columns (values). More blocks or columns at a time
+// when rows are few, to keep enough independent sums in flight.
 constexpr int LANES = BLOCK / W;  // vectors per 16 floats
 #if EVENER_WIDTH == 16
 constexpr int PANEL = 12, SUMS = 24;
@@ -158,7 +158,7 @@ struct Running {
   float *maximum, *sum, *out;
 };
 
-// Online softmax of one key tile for rows [first, end) of `s`. `valid_of(i)`: keys that row i reads, at least KEY_TILE: all.
+// Online softmax of one key tile for rows [first, end) of `s`. `valid_of(i)`: keys that row i reads; KEY_TILE or more: all.
 template <typename Valid>
 EVENER_INLINE void softmax(float* s, int first, int end, int blocks, int64_t dim, const Running& run, Valid&& valid_of) {
   float now[PANEL];

@@ -1,5 +1,5 @@
-// Bindings. Arrays arrive as addresses (a tensor's data_ptr), sizes and strides in elements; the Python wrappers check dtype,
-// device and shape.
+// Bindings. Arrays arrive as addresses (a tensor's data_ptr), sizes and strides in elements; the Python wrappers check
+// dtype, device and shape.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 

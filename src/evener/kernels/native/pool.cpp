@@ -59,8 +59,8 @@ class Pool {
   bool run(int64_t tasks, void (*fn)(void*, int64_t), void* context) {
     std::unique_lock busy(busy_, std::try_to_lock);
     if (!busy) return false;
-    // While the ticket is closed nobody can claim, so the job may be rewritten: a helper that read the old ticket fails to
-    // exchange it.
+    // While the ticket is closed nobody can claim, so the job may be rewritten: a helper that read the old ticket
+    // fails to exchange it.
     uint64_t epoch = (ticket_.load() >> 32) + 1;
     ticket_.store(epoch << 32 | CLOSED);
     fn_.store(fn);

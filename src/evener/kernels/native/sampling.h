@@ -96,7 +96,8 @@ void sum_exp(const float* x, int64_t n, float* maximum, float* sum) {
   *sum = hsum(s0 + s1);
 }
 
-// The k best so far are a heap in (values, indices) whose root is the worst: the lowest value, of equals the highest index.
+// The k best so far are a heap in (values, indices) whose root is the worst: the lowest value, of equals the highest
+// index.
 EVENER_INLINE bool worse(const float* v, const int64_t* id, int64_t a, int64_t b) {
   return v[a] < v[b] || (v[a] == v[b] && id[a] > id[b]);
 }

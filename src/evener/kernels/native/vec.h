@@ -113,7 +113,7 @@ EVENER_INLINE vf exp2_vec(vf x) {
   return x < -126.0f ? vf{} : r;
 }
 
-// e^x for x <= 88; the product with log2(e) is carried in two parts so that large |x| stay accurate.
+// e^x for x <= 88, 0 below -87.3. The multiple of ln 2 is taken off in two parts, so that large |x| stay accurate.
 EVENER_INLINE vf exp_vec(vf x) {
   const float magic = 12582912.0f, log2e = 1.44269504f;
   const float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;  // their sum is ln 2; n * ln2_hi is exact
