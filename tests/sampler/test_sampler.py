@@ -61,7 +61,7 @@ def test_every_rank_chooses_the_reference_token(seed, scale, ties, params, sizes
         assert got.logprobs == {}
 
 
-@pytest.mark.parametrize("sizes", SPLITS)
+@pytest.mark.parametrize("sizes", ([300], [37, 263], [100, 0, 200]))
 @pytest.mark.parametrize("scale", [0.0, 0.05, 2.0])
 @pytest.mark.parametrize(
     "p",
@@ -78,7 +78,7 @@ def test_only_kept_tokens_are_drawn_and_all_of_them(p, scale, sizes) -> None:
     """Many positions of one row: the tokens that come up are the reference's set (where it is small) or inside it."""
     x = logits(5, 1, 300, scale)
     kept = set(torch.nonzero(kept_set(x[0], p)).flatten().tolist())
-    n = 600
+    n = 300
     rows = [p] * n
     got = set(sample(x.expand(n, -1).contiguous(), rows, sizes, positions=list(range(n)))[0].tokens.tolist())
     assert got <= kept

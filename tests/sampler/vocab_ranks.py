@@ -102,7 +102,7 @@ def penalised(logits_V: torch.Tensor, tokens: Sequence[int], prompt_len: int, p:
 
 
 def kept_set(logits_V: torch.Tensor, p: SamplingParams) -> torch.Tensor:
-    """bool [vocab]: what min_p, top_k and top_p keep, by sorting the whole vocabulary in fp64."""
+    """bool [vocab]: what min_p, top_k and top_p keep, from the whole vocabulary in fp64."""
     x = logits_V.double() / p.temperature
     if p.min_p > 0:
         prob = torch.softmax(x, 0)
@@ -111,7 +111,7 @@ def kept_set(logits_V: torch.Tensor, p: SamplingParams) -> torch.Tensor:
         x = x.masked_fill(x < torch.sort(x, descending=True).values[p.top_k - 1], -torch.inf)
     if p.top_p < 1:
         prob = torch.softmax(x, 0)
-        above = torch.tensor([float(prob[x > v].sum()) for v in x])
+        above = (prob * (x > x.unsqueeze(1))).sum(dim=1)
         x = x.masked_fill(above >= p.top_p, -torch.inf)
     return x > -torch.inf
 
