@@ -25,7 +25,7 @@ $(STAMP): $(BIN)/torch-ready pyproject.toml CMakeLists.txt $(NATIVE)
 	touch $@
 
 serve: $(STAMP)
-	$(BIN)/evener serve --devices $(DEVICES) -tp 2 --port $(PORT) $(ARGS)
+	$(BIN)/evener serve --devices "$(DEVICES)" -tp 2 --port $(PORT) $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -1,0 +1,31 @@
+"""Writes docs/cli.md from the commands themselves. `--check` exits 1 if the file is not up to date."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"TERMINAL_WIDTH": "110", "COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"}
+
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from evener.cli.main import app
+
+TARGET = Path(__file__).parent / "cli.md"
+
+
+def text() -> str:
+    """The whole page."""
+    command = get_command(app)
+    out = ["# Commands", "", "Written by `python docs/make_cli.py`.", ""]
+    for name in sorted(command.commands):  # type: ignore[attr-defined]
+        result = CliRunner().invoke(app, [name, "--help"], terminal_width=110)
+        lines = [line.rstrip() for line in result.stdout.strip("\n").splitlines()]
+        out += [f"## evener {name}", "", "```text", *lines, "```", ""]
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(0 if TARGET.read_text() == text() else "docs/cli.md is out of date: run python docs/make_cli.py")
+    TARGET.write_text(text())
