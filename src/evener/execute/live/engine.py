@@ -151,6 +151,7 @@ class LiveEngine:
                         max_batch_tokens=self.brain_config.max_num_batched_tokens + self.brain_config.max_num_seqs,
                         endpoint=self._dir.endpoint,
                         segment_fd=segment.fd if segment is not None else -1,
+                        shares_core=self._shares_core(shard.device),
                         wait_deadline_s=self.config.wait_deadline,
                     )
                     worker = WorkerProcess(config)
@@ -168,6 +169,10 @@ class LiveEngine:
         if self._failed is not None:
             raise self._failed
         self._tasks.append(asyncio.create_task(self._watch_progress(), name="watch progress"))
+
+    def _shares_core(self, device: str) -> bool:
+        own = set(self.cluster.device(device).cores)
+        return any(own & set(self.cluster.device(d).cores) for d in self.plan.devices() if d != device)
 
     async def close(self) -> None:
         """Fail what is unfinished, stop the workers, free everything; idempotent."""

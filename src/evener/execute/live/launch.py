@@ -24,6 +24,8 @@ class WorkerProcess:
         env = dict(os.environ)
         threads = str(max(1, len(config.device.cores)))
         env |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        # Short spins: a library's thread that spins on for milliseconds starves whoever needs the core next.
+        env.setdefault("GOMP_SPINCOUNT", "3000")
         fds = [config.segment_fd] if config.segment_fd >= 0 else []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "evener.execute.live.worker"],

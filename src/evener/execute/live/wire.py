@@ -40,6 +40,8 @@ class WorkerConfig(Struct, frozen=True):
     """ZeroMQ address of the control process."""
     segment_fd: int
     """File descriptor of the replica's shared-memory segment, inherited; -1 without one."""
+    shares_core: bool
+    """Another worker runs on one of this worker's cores: waiting must not burn it."""
     wait_deadline_s: float
     """A wait for a peer that lasts longer ends in WorkerLost."""
 

@@ -62,10 +62,11 @@ def connect(
     stage: int,
     rank: int,
     deadline: Seconds,
+    spin: Seconds,
     wrap_group: Callable[[Group], Group],
     wrap_pipe: Callable[[Pipe], Pipe],
 ) -> Wiring:
-    """Open this rank's ends. `wrap_*` decorate them (declared slow-downs)."""
+    """Open this rank's ends. `spin`: how long a wait may keep its core; `wrap_*` decorate the ends (declared slow-downs)."""
     here = replica.stages[stage].shards[rank].device
     first = {sh.device for sh in replica.stages[0].shards}
     last = stage == len(replica.stages) - 1
@@ -77,12 +78,12 @@ def connect(
     if segment is not None:
         for region in layout.groups:
             if here in region.spec.devices:
-                group = wrap_group(ShmGroup(segment, region, rank, deadline))
+                group = wrap_group(ShmGroup(segment, region, rank, deadline, spin))
         for pipe in layout.pipes:
             if here not in (pipe.spec.sender, pipe.spec.receiver):
                 continue
             role = "send" if pipe.spec.sender == here else "recv"
-            end = wrap_pipe(ShmPipe(segment, pipe, role, deadline))
+            end = wrap_pipe(ShmPipe(segment, pipe, role, deadline, spin))
             tokens = pipe.spec.receiver in first
             if role == "send" and tokens and last:
                 tokens_out.append(end)

@@ -21,7 +21,7 @@ from evener.execute.live.runner import Runner
 from evener.execute.live.sampler import Sampler
 from evener.execute.live.slots import Slots
 from evener.execute.live.transport.base import Group, Pipe
-from evener.execute.live.transport.shm import Segment
+from evener.execute.live.transport.shm import SPIN, Segment
 from evener.execute.live.wire import Done, Lost, Ready, Stop, WorkerConfig, decode_to_worker, encode
 from evener.execute.live.wiring import connect, layout_of
 from evener.model.decoder import StageModel
@@ -66,7 +66,8 @@ def load(config: WorkerConfig) -> tuple[Runner, Ready]:
     wiring = connect(
         Segment.attach(config.segment_fd) if config.segment_fd >= 0 else None,
         layout_of(replica, config.links, config.spec.hidden, config.max_batch_tokens),
-        replica, config.stage, config.rank, Seconds(config.wait_deadline_s), wrap_group, wrap_pipe,
+        replica, config.stage, config.rank, Seconds(config.wait_deadline_s),
+        Seconds(0.0) if config.shares_core else SPIN, wrap_group, wrap_pipe,
     )  # fmt: skip
     sampler = Sampler(wiring.group, config.rank, shard.head_rows, config.spec.vocab) if last else None
     slots = Slots(config.max_num_seqs, config.max_model_len, config.block_tokens)
