@@ -147,9 +147,10 @@ def test_tied_rows_are_stored_once(checkpoint):
     v = source.spec.vocab
     (stage,) = stages(source.spec, embed=[(0, 60), (60, v)], head=[(0, 20), (20, v)])
     model = StageModel(source, source.spec, stage, stage.shards[1], first_stage=True, last_stage=True, rank=1)
-    embed, head = model.ends.embed_VH, model.ends.head_VH
-    assert embed.shape[0] == v - 60 and head.shape[0] == v - 20
-    assert embed.untyped_storage().data_ptr() == head.untyped_storage().data_ptr()
+    embed, head = model.ends.embed, model.ends.head
+    assert embed is not None and embed.size == v - 60 and head is not None and head.size == v - 20
+    storages = [table.weight.data.untyped_storage() for table in (embed, head)]
+    assert storages[0].data_ptr() == storages[1].data_ptr()
 
 
 def test_other_dtypes_are_refused(checkpoint):

@@ -17,7 +17,7 @@ from evener.errors import InvalidDevice, InvalidInput
 from evener.spec.cluster import Device
 from evener.spec.model import DTYPE_BYTES
 
-FORMAT = 1
+FORMAT = 2
 """Version of the stored form; a file of another version is measured again."""
 
 Floats = NDArray[np.float64]

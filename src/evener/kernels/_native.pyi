@@ -16,6 +16,10 @@ def rope(
     head_dim: int, eps: float, max_position: int, slots: int, /,
 ) -> None: ...  # fmt: skip
 def silu_mul(gate_up: int, out: int, rows: int, width: int, gate_up_stride: int, out_stride: int, /) -> None: ...
+def gemm_columns() -> int: ...
+def gemm(
+    x: int, packed: int, bias: int, out: int, m: int, n: int, k: int, x_stride: int, out_stride: int, /,
+) -> None: ...  # fmt: skip
 def attention(
     q: int, k_slab: int, v_slab: int, out: int, q_stride: int, out_stride: int, slab_head_stride: int, head_dim: int,
     scale: float, cu: int, start: int, tables: int, kv_of_head: int, sequences: int, table_width: int, heads: int,

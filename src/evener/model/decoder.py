@@ -8,7 +8,6 @@ heads of this shard, C fused q, k, v width ((Q + 2 KV heads) * D), F FFN columns
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 from evener import kernels
 from evener.errors import InvalidInput
@@ -80,15 +79,15 @@ class StageModel:
 
     def embed(self, tokens_T: torch.Tensor, group: Group | None) -> torch.Tensor:
         """Token ids (int64) -> x_TH. Rows of the vocabulary held elsewhere are zero here, and the sum fills them in."""
-        embed_VH = self.ends.embed_VH
-        assert embed_VH is not None, "embed is for the first stage"
+        embed = self.ends.embed
+        assert embed is not None, "embed is for the first stage"
         a, b = self.shard.embed_rows
         if group is None:
             assert (a, b) == (0, self.spec.vocab), f"embedding rows [{a}, {b}) of {self.spec.vocab} and no group"
-            return F.embedding(tokens_T, embed_VH)
+            return embed.weight.rows(tokens_T + embed.start)
         x_TH = torch.zeros(tokens_T.shape[0], self.spec.hidden, device=self.device)
         here_T = (tokens_T >= a) & (tokens_T < b)
-        x_TH[here_T] = embed_VH[tokens_T[here_T] - a]
+        x_TH[here_T] = embed.weight.rows(tokens_T[here_T] + (embed.start - a))
         group.all_reduce(x_TH)
         return x_TH
 
@@ -112,12 +111,12 @@ class StageModel:
 
     def logits(self, x_TH: torch.Tensor, sample_S: torch.Tensor, group: Group | None = None) -> torch.Tensor:
         """Logits_SV of the chosen rows over this shard's head rows. Nothing is gathered here (`group` stays unused)."""
-        norm_H, head_VH = self.ends.final_norm_H, self.ends.head_VH
-        assert norm_H is not None and head_VH is not None, "logits is for the last stage"
+        norm_H, head = self.ends.final_norm_H, self.ends.head
+        assert norm_H is not None and head is not None, "logits is for the last stage"
         x_SH = x_TH[sample_S]
         normed_SH = torch.empty_like(x_SH)
         kernels.rms_norm(x_SH, norm_H, self.spec.norm_eps, normed_SH)
-        return F.linear(normed_SH, head_VH)
+        return kernels.linear(normed_SH, head.weight)[:, head.start : head.start + head.size]
 
     def _attention(self, i: int, w: LayerWeights, normed_TH: torch.Tensor, rows: Rows) -> torch.Tensor:
         """This shard's heads of self-attention, before the sum over the group."""
@@ -126,7 +125,7 @@ class StageModel:
         assert self._kv is not None, "allocate_kv comes before the first batch"
         k_slab, v_slab = self._kv.k[i], self._kv.v[i]
         n = rows.n_real  # padding rows take part in the GEMMs only
-        qkv_TC = F.linear(normed_TH, w.qkv_CH, w.qkv_bias_C)
+        qkv_TC = kernels.linear(normed_TH, w.qkv_CH, w.qkv_bias_C)
         q_TQD = torch.empty(n, self.n_q, self.spec.head_dim, device=self.device)
         kernels.rope_write_kv(
             qkv_TC[:n], self._cos_PD, self._sin_PD, rows.positions_T[:n], rows.kv_slot_T[:n], k_slab, v_slab,
@@ -136,17 +135,17 @@ class StageModel:
         kernels.paged_attention(
             q_TQD, k_slab, v_slab, rows.cu_R, rows.start_R, rows.tables_RM, self._kv_of_head, self._scale, out_TQD[:n]
         )
-        return F.linear(out_TQD.flatten(1), w.o_HQ, w.o_bias_H)
+        return kernels.linear(out_TQD.flatten(1), w.o_HQ, w.o_bias_H)
 
     def _mlp(self, w: LayerWeights, normed_TH: torch.Tensor) -> torch.Tensor:
         """This shard's columns of the feed-forward network, before the sum over the group."""
         columns = size(self.shard.ffn)
         if not columns:
             return self._nothing(normed_TH, w.down_bias_H)
-        gate_up_T2F = F.linear(normed_TH, w.gate_up_FH, w.gate_up_bias_F)
+        gate_up_T2F = kernels.linear(normed_TH, w.gate_up_FH, w.gate_up_bias_F)
         act_TF = torch.empty(gate_up_T2F.shape[0], columns, device=self.device)
         kernels.silu_mul(gate_up_T2F, act_TF)
-        return F.linear(act_TF, w.down_HF, w.down_bias_H)
+        return kernels.linear(act_TF, w.down_HF, w.down_bias_H)
 
     def _nothing(self, like_TH: torch.Tensor, bias_H: torch.Tensor | None) -> torch.Tensor:
         """The part of a shard that computes nothing here, and still joins the sum."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from evener.kernels import PackedWeight, pack_weight
 from evener.model.families.base import EMBED, FINAL_NORM, HEAD, layer_name
 from evener.model.source import ModelSource
 from evener.spec.model import ModelSpec
@@ -21,17 +22,17 @@ class LayerWeights(NamedTuple):
     """One layer, one shard. Biases of split inputs (o, down) are held by the group's first rank alone."""
 
     attn_norm_H: torch.Tensor
-    qkv_CH: torch.Tensor
+    qkv_CH: PackedWeight
     qkv_bias_C: torch.Tensor | None
     q_norm_D: torch.Tensor | None
     k_norm_D: torch.Tensor | None
-    o_HQ: torch.Tensor
+    o_HQ: PackedWeight
     o_bias_H: torch.Tensor | None
     mlp_norm_H: torch.Tensor
-    gate_up_FH: torch.Tensor
+    gate_up_FH: PackedWeight
     """[2F, H]: the gate's rows, then up's."""
     gate_up_bias_F: torch.Tensor | None
-    down_HF: torch.Tensor
+    down_HF: PackedWeight
     down_bias_H: torch.Tensor | None
 
 
@@ -75,40 +76,54 @@ def load_layer(read: Reader, spec: ModelSpec, layer: int, shard: Shard, rank: in
     first = rank == 0
     return LayerWeights(
         attn_norm_H=read.one(name("input_layernorm.weight")),
-        qkv_CH=read.fused(qkv("weight"), spec.hidden),
+        qkv_CH=pack_weight(read.fused(qkv("weight"), spec.hidden)),
         qkv_bias_C=read.fused(qkv("bias")) if spec.qkv_bias else None,
         q_norm_D=read.one(name("self_attn.q_norm.weight")) if spec.qk_norm else None,
         k_norm_D=read.one(name("self_attn.k_norm.weight")) if spec.qk_norm else None,
-        o_HQ=read.one(name("self_attn.o_proj.weight"), None, q),
+        o_HQ=pack_weight(read.one(name("self_attn.o_proj.weight"), None, q)),
         o_bias_H=read.one(name("self_attn.o_proj.bias")) if spec.o_bias and first else None,
         mlp_norm_H=read.one(name("post_attention_layernorm.weight")),
-        gate_up_FH=read.fused(gate_up("weight"), spec.hidden),
+        gate_up_FH=pack_weight(read.fused(gate_up("weight"), spec.hidden)),
         gate_up_bias_F=read.fused(gate_up("bias")) if spec.mlp_bias else None,
-        down_HF=read.one(name("mlp.down_proj.weight"), None, shard.ffn),
+        down_HF=pack_weight(read.one(name("mlp.down_proj.weight"), None, shard.ffn)),
         down_bias_H=read.one(name("mlp.down_proj.bias")) if spec.mlp_bias and first else None,
     )
+
+
+class Table(NamedTuple):
+    """Vocabulary rows [start, start + size) of `weight`, which may hold more on either side."""
+
+    weight: PackedWeight
+    start: int
+    size: int
 
 
 class EndWeights(NamedTuple):
     """What only the first and the last stage hold."""
 
-    embed_VH: torch.Tensor | None
+    embed: Table | None
     final_norm_H: torch.Tensor | None
-    head_VH: torch.Tensor | None
+    head: Table | None
 
 
 def load_ends(read: Reader, spec: ModelSpec, shard: Shard, first_stage: bool, last_stage: bool) -> EndWeights:
     """Embedding rows, final norm and head rows of a shard. Tied rows that are held as both are stored once."""
     embed, head = shard.embed_rows, shard.head_rows
+    norm_H = read.one(FINAL_NORM) if last_stage else None
     if first_stage and last_stage and spec.tied and max(embed[0], head[0]) < min(embed[1], head[1]):
         low = min(embed[0], head[0])
-        both_VH = read.one(EMBED, (low, max(embed[1], head[1])))
-        embed_VH: torch.Tensor | None = both_VH[embed[0] - low : embed[1] - low]
-        head_VH: torch.Tensor | None = both_VH[head[0] - low : head[1] - low]
-    else:
-        embed_VH = read.one(EMBED, embed) if first_stage else None
-        head_VH = read.one(EMBED if spec.tied else HEAD, head) if last_stage else None
-    return EndWeights(embed_VH, read.one(FINAL_NORM) if last_stage else None, head_VH)
+        both = pack_weight(read.one(EMBED, (low, max(embed[1], head[1]))))
+        weight, start = both.part(head[0] - low, head[1] - low)
+        return EndWeights(Table(both, embed[0] - low, size(embed)), norm_H, Table(weight, start, size(head)))
+
+    def table(name: str, rows: Interval) -> Table:
+        return Table(pack_weight(read.one(name, rows)), 0, size(rows))
+
+    return EndWeights(
+        table(EMBED, embed) if first_stage else None,
+        norm_H,
+        table(EMBED if spec.tied else HEAD, head) if last_stage else None,
+    )
 
 
 def load_layers(read: Reader, spec: ModelSpec, stage: Stage, shard: Shard, rank: int) -> list[LayerWeights]:

@@ -28,9 +28,8 @@ from evener.profile.items import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from evener.execute.live.transport.base import Group
+    from evener.kernels import PackedWeight
 
 CPU_LAYER, CUDA_LAYER = (576, 1536), (4096, 11008)
 """(hidden, ffn) of the layers that are measured; those of SmolLM2-135M and of Llama-2-7B."""
@@ -55,8 +54,11 @@ class Probe:
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(len(setup.cores))
+            from evener import kernels
+
+            kernels.set_threads(len(setup.cores))
         self.pool_bytes = min(MAX_POOL, max(64 << 20, 3 * setup.cache_bytes))
-        self._weights: tuple[str, list[list[torch.Tensor]]] = ("", [])
+        self._weights: tuple[str, list[list[PackedWeight]]] = ("", [])
         self._at = 0
         self._slowest: dict[str, float] = {}
         self.wall_s = self.lost_s = 0.0
@@ -110,31 +112,38 @@ class Probe:
 
     # ---- GEMM ------------------------------------------------------------------------------------------------
 
-    def _pool(self, dtype: str) -> list[list["torch.Tensor"]]:
+    def _pool(self, dtype: str) -> list[list["PackedWeight"]]:
         """Weights of as many layers as exceed the cache: qkv, o, gate and up, down; kept for the next question."""
+        from evener import kernels
+
         torch = self.torch
         if self._weights[0] != dtype:
             self._weights = ("", [])
             hidden, ffn = CUDA_LAYER if self.cuda else CPU_LAYER
             shapes = [(hidden * 5 // 3, hidden), (hidden, hidden), (2 * ffn, hidden), (hidden, ffn)]
             kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}[dtype]
-            one = [torch.ones(shape, dtype=kind, device=self.device) for shape in shapes]
-            layers = -(-self.pool_bytes // sum(w.nbytes for w in one))
-            self._weights = (dtype, [one, *([w.clone() for w in one] for _ in range(layers - 1))])
+            layer_bytes = sum(n * k for n, k in shapes) * kind.itemsize
+            layers = [
+                [kernels.pack_weight(torch.ones(shape, dtype=kind, device=self.device)) for shape in shapes]
+                for _ in range(-(-self.pool_bytes // layer_bytes))
+            ]
+            self._weights = (dtype, layers)
         return self._weights[1]
 
     def _gemm(self, dtype: str, rows: int, budget_s: float) -> float:
+        from evener import kernels
+
         torch = self.torch
         pool = self._pool(dtype)
-        inputs = [torch.ones((rows, w.shape[1]), dtype=w.dtype, device=self.device) for w in pool[0]]
+        inputs = [torch.ones((rows, w.k), dtype=w.data.dtype, device=self.device) for w in pool[0]]
         if dtype == "int8":
             if not hasattr(torch, "_int_mm"):
                 raise Unavailable("this torch has no int8 GEMM")
-            call: Callable[[Any, Any], Any] = lambda x, w: torch._int_mm(x, w.t())  # noqa: E731
+            call: Callable[[Any, Any], Any] = lambda x, w: torch._int_mm(x, w.data.t())  # noqa: E731
         else:
-            call = torch.nn.functional.linear
+            call = kernels.linear  # what the workers run
         # Where a whole layer would take far too long, its smallest matrix stands for it.
-        layer_s = 2 * rows * sum(w.numel() for w in pool[0]) / self._slowest.get(dtype, math.inf)
+        layer_s = 2 * rows * sum(w.n * w.k for w in pool[0]) / self._slowest.get(dtype, math.inf)
         parts = [1] if layer_s > 8 * budget_s else [0, 1, 2, 3]
         took: dict[int, list[float]] = {k: [] for k in parts}
         try:
@@ -147,7 +156,7 @@ class Probe:
                     took[k].append(self._seconds(partial(call, inputs[k], layer[k])))
         except (RuntimeError, NotImplementedError) as error:
             raise Unavailable(f"{dtype} GEMM of {rows} rows: {str(error).splitlines()[0]}") from error
-        flop = 2 * rows * sum(pool[0][k].numel() for k in parts)
+        flop = 2 * rows * sum(pool[0][k].n * pool[0][k].k for k in parts)
         rate = flop / sum(_quiet(times) for times in took.values())
         self._slowest[dtype] = min(rate, self._slowest.get(dtype, math.inf)) if rows > 1 else rate
         return rate

@@ -66,7 +66,7 @@ def connect(
     wrap_group: Callable[[Group], Group],
     wrap_pipe: Callable[[Pipe], Pipe],
 ) -> Wiring:
-    """Open this rank's ends. `spin`: how long a wait may keep its core; `wrap_*` decorate the ends (declared slow-downs)."""
+    """Open this rank's ends. `spin`: how long a wait may keep its core; `wrap_*` decorate them (slow-downs)."""
     here = replica.stages[stage].shards[rank].device
     first = {sh.device for sh in replica.stages[0].shards}
     last = stage == len(replica.stages) - 1

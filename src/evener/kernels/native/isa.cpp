@@ -5,6 +5,8 @@
 
 #include "rows.h"
 
+#include "gemm.h"
+
 #include "attention.h"
 
 #include "sampling.h"
@@ -12,6 +14,6 @@
 namespace evener {
 namespace EVENER_ISA {
 extern const Kernels kernels;
-const Kernels kernels = {norm_rows, rope_rows, silu_rows, attention_tile, max_of, gumbel_best, noise_of, sum_exp, top_of};
+const Kernels kernels = {norm_rows, rope_rows, silu_rows, NR, gemm_panels, attention_tile, max_of, gumbel_best, noise_of, sum_exp, top_of};
 }  // namespace EVENER_ISA
 }  // namespace evener

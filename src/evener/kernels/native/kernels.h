@@ -34,6 +34,12 @@ struct SiluArgs {
   int64_t width, gate_up_stride, out_stride;
 };
 
+struct GemmArgs {
+  const float *x, *packed, *bias;  // bias: nullptr, or n
+  float* out;
+  int64_t m, n, k, x_stride, out_stride;
+};
+
 struct AttentionArgs {
   const float *q, *k_slab, *v_slab;
   float* out;
@@ -60,6 +66,8 @@ struct Kernels {
   void (*norm)(const NormArgs&, int64_t row, int64_t end);
   void (*rope)(const RopeArgs&, int64_t row, int64_t end);
   void (*silu_mul)(const SiluArgs&, int64_t row, int64_t end);
+  int gemm_columns;  // of a panel: packed is [ceil(n / columns)][k][columns]
+  void (*gemm)(const GemmArgs&, int64_t panel, int64_t end);
   // `scratch`: attention_scratch_floats, aligned to 64 bytes.
   void (*attention)(const AttentionArgs&, const AttentionTile&, float* scratch);
   float (*max)(const float* x, int64_t n);

@@ -133,6 +133,16 @@ void silu_mul(const SiluArgs& a, int64_t rows) {
   over_rows(rows, 2 * a.width, [&](int64_t first, int64_t end) { use().silu_mul(a, first, end); });
 }
 
+int gemm_columns() { return use().gemm_columns; }
+
+void gemm(const GemmArgs& a) {
+  int64_t columns = use().gemm_columns, panels = (a.n + columns - 1) / columns;
+  if (threads() == 1) return use().gemm(a, 0, panels);
+  // A few tasks per thread, so that a thread that lost its core for a while does not hold up the others.
+  int64_t tasks = panels < 4 * threads() ? panels : 4 * threads();
+  parallel_for(tasks, [&](int64_t i) { use().gemm(a, panels * i / tasks, panels * (i + 1) / tasks); });
+}
+
 void attention(const AttentionArgs& a, const Batch& b) {
   check_range("kv_of_head", b.kv_of_head, b.heads, 0, b.kv_heads);
   thread_local std::vector<AttentionTile> tiles;

@@ -20,6 +20,8 @@ std::string supported_isas();
 void norm(const NormArgs& args, int64_t rows);
 void rope(const RopeArgs& args, int64_t rows, int64_t max_position, int64_t slots);
 void silu_mul(const SiluArgs& args, int64_t rows);
+int gemm_columns();
+void gemm(const GemmArgs& args);
 void attention(const AttentionArgs& args, const Batch& batch);
 void argmax(const float* x, int64_t rows, int64_t width, int64_t stride, int64_t* index, float* value);
 void gumbel_argmax(const float* x, int64_t rows, int64_t width, int64_t stride, const float* inv_temperature,

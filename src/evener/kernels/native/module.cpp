@@ -74,6 +74,14 @@ NB_MODULE(_native, m) {
         silu_mul({floats(gate_up), at<float>(out), width, gate_up_stride, out_stride}, rows);
       },
       free);
+  m.def("gemm_columns", &gemm_columns);
+  m.def(
+      "gemm",
+      [](uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t x_stride,
+         int64_t out_stride) {
+        gemm({floats(x), floats(packed), floats(bias), at<float>(out), m, n, k, x_stride, out_stride});
+      },
+      free);
   m.def(
       "attention",
       [](uintptr_t q, uintptr_t k_slab, uintptr_t v_slab, uintptr_t out, int64_t q_stride, int64_t out_stride,

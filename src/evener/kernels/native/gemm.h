@@ -1,0 +1,74 @@
+// Matrix product with packed weights: out[M, N] = x[M, K] * weight[N, K]^T + bias.
+//
+// The weight is packed once into panels of NR columns, [N / NR][K][NR], so that a step of k reads one line of it. A
+// micro-kernel keeps MR x NR sums in registers (Goto and van de Geijn, ACM TOMS 34, 2008; x is small enough here to need
+// no packing). Each sum runs over k in order, whatever the tile: a row's result does not depend on the rows beside it.
+#pragma once
+
+namespace {
+
+using namespace evener;
+
+constexpr int NV = 2;                 // vectors per panel line
+constexpr int NR = NV * W;            // columns of a panel
+constexpr int MR = W == 16 ? 12 : 6;  // rows of a tile: as many sums as there are registers
+constexpr int64_t KC = 640;           // inputs per pass: with them a panel's share stays in the L1 cache
+
+template <int ROWS>
+EVENER_INLINE void gemm_tile(const float* x, int64_t x_stride, const float* panel, int64_t depth, float* out,
+                             int64_t out_stride, const float* bias, bool first, int64_t columns) {
+  vf sum[ROWS][NV];
+  EVENER_UNROLL for (int r = 0; r < ROWS; ++r) EVENER_UNROLL for (int v = 0; v < NV; ++v) {
+    int64_t left = columns - v * W;
+    const float* from = first ? bias : out + r * out_stride;
+    if (!from || left <= 0)
+      sum[r][v] = vf{};
+    else
+      sum[r][v] = left >= W ? load(from + v * W) : load_part(from + v * W, left, 0.0f);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    vf line[NV];
+    EVENER_UNROLL for (int v = 0; v < NV; ++v) line[v] = load(panel + k * NR + v * W);
+    EVENER_UNROLL for (int r = 0; r < ROWS; ++r) {
+      vf a = set1(x[r * x_stride + k]);
+      EVENER_UNROLL for (int v = 0; v < NV; ++v) sum[r][v] += a * line[v];
+    }
+  }
+  EVENER_UNROLL for (int r = 0; r < ROWS; ++r) EVENER_UNROLL for (int v = 0; v < NV; ++v) {
+    int64_t left = columns - v * W;
+    if (left >= W)
+      store(out + r * out_stride + v * W, sum[r][v]);
+    else if (left > 0)
+      store_part(out + r * out_stride + v * W, left, sum[r][v]);
+  }
+}
+
+template <int ROWS>
+EVENER_INLINE void gemm_rows(int64_t rows, const float* x, int64_t x_stride, const float* panel, int64_t depth, float* out,
+                             int64_t out_stride, const float* bias, bool first, int64_t columns) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS)
+      gemm_tile<ROWS>(x, x_stride, panel, depth, out, out_stride, bias, first, columns);
+    else
+      gemm_rows<ROWS - 1>(rows, x, x_stride, panel, depth, out, out_stride, bias, first, columns);
+  }
+}
+
+void gemm_panels(const GemmArgs& a, int64_t panel, int64_t end) {
+  int64_t tiles = (a.m + MR - 1) / MR, blocks = (a.k + KC - 1) / KC;
+  for (int64_t p = panel; p < end; ++p) {
+    const float* bias = a.bias ? a.bias + p * NR : nullptr;
+    int64_t columns = a.n - p * NR < NR ? a.n - p * NR : NR;
+    for (int64_t b = 0; b < blocks; ++b) {
+      int64_t k = a.k * b / blocks, depth = a.k * (b + 1) / blocks - k;
+      const float* weight = a.packed + (p * a.k + k) * NR;
+      for (int64_t t = 0; t < tiles; ++t) {  // of nearly equal height: a tile of one row waits for its own sums
+        int64_t row = a.m * t / tiles, height = a.m * (t + 1) / tiles - row;
+        gemm_rows<MR>(height, a.x + row * a.x_stride + k, a.x_stride, weight, depth, a.out + row * a.out_stride + p * NR,
+                      a.out_stride, bias, b == 0, columns);
+      }
+    }
+  }
+}
+
+}  // namespace
