@@ -29,7 +29,7 @@ from evener.spec.plan import Plan, validate
 from evener.spec.traffic import TrafficMix, parse_traffic_mix
 from evener.units import NS_PER_S, Bytes, Seconds, human_bytes
 
-_CHUNK_NS = NS_PER_S // 4
+_CHUNK_NS = NS_PER_S // 2
 """A prompt chunk of the default size takes at most about this long: it is what a decoding row may have to wait."""
 _CHUNKS = (2048, 1024, 512, 256, 128, 64)
 
@@ -56,7 +56,7 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     """None: what the model and the KV memory allow."""
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
-    """None: the largest chunk that is predicted to take a quarter of a second."""
+    """None: the largest chunk that is predicted to take half a second."""
     max_queue: int = 1024
     kv_cache_memory: str | None = None
     """Per device, like 1GiB; None: a share of what the host has free."""

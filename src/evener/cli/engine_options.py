@@ -50,7 +50,7 @@ def _all(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences at once, per replica.")] = _DEFAULTS.max_num_seqs,
     max_num_batched_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of one batch.", show_default="a predicted quarter of a second")
+        int | None, typer.Option(help="Tokens of one batch.", show_default="a predicted half second")
     ] = None,
     max_queue: Annotated[int, typer.Option(help="Waiting requests; one more gets 429.")] = _DEFAULTS.max_queue,
     kv_cache_memory: Annotated[

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from evener import kernels
 from evener.errors import InvalidInput
 from evener.spec.memory import BLOCK_TOKENS
 
@@ -32,5 +33,7 @@ class KVSlabs:
 def _zeros(shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
     """fp32 zeros. On the CPU the kernel's own zero pages: memory is taken as blocks are first written."""
     if torch.device(device).type == "cpu":
-        return torch.from_numpy(np.zeros(shape, dtype=np.float32))
+        slab = torch.from_numpy(np.zeros(shape, dtype=np.float32))
+        kernels.advise_huge_pages(slab)
+        return slab
     return torch.zeros(shape, device=device)

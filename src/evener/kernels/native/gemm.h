@@ -14,9 +14,18 @@ constexpr int NR = NV * W;            // columns of a panel
 constexpr int MR = W == 16 ? 12 : 6;  // rows of a tile: as many sums as there are registers
 constexpr int64_t KC = 640;           // inputs per pass: with them a panel's share stays in the L1 cache
 
+constexpr int STEPS = 8;              // of k between prefetches
+constexpr int LINE = 16;              // floats in a cache line
+
+// What to fetch while computing: a panel comes from memory while the one before it is used, so that neither waits.
+struct Ahead {
+  const float* at;
+  int64_t lines;  // per STEPS
+};
+
 template <int ROWS>
 EVENER_INLINE void gemm_tile(const float* x, int64_t x_stride, const float* panel, int64_t depth, float* out,
-                             int64_t out_stride, const float* bias, bool first, int64_t columns) {
+                             int64_t out_stride, const float* bias, bool first, int64_t columns, Ahead& ahead) {
   vf sum[ROWS][NV];
   EVENER_UNROLL for (int r = 0; r < ROWS; ++r) EVENER_UNROLL for (int v = 0; v < NV; ++v) {
     int64_t left = columns - v * W;
@@ -26,14 +35,21 @@ EVENER_INLINE void gemm_tile(const float* x, int64_t x_stride, const float* pane
     else
       sum[r][v] = left >= W ? load(from + v * W) : load_part(from + v * W, left, 0.0f);
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  auto step = [&](int64_t k) EVENER_INLINED {
     vf line[NV];
     EVENER_UNROLL for (int v = 0; v < NV; ++v) line[v] = load(panel + k * NR + v * W);
     EVENER_UNROLL for (int r = 0; r < ROWS; ++r) {
       vf a = set1(x[r * x_stride + k]);
       EVENER_UNROLL for (int v = 0; v < NV; ++v) sum[r][v] += a * line[v];
     }
+  };
+  int64_t k = 0;
+  for (; k + STEPS <= depth; k += STEPS) {
+    for (int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(ahead.at + i * LINE, 0, 2);
+    ahead.at += ahead.lines * LINE;
+    EVENER_UNROLL for (int i = 0; i < STEPS; ++i) step(k + i);
   }
+  for (; k < depth; ++k) step(k);
   EVENER_UNROLL for (int r = 0; r < ROWS; ++r) EVENER_UNROLL for (int v = 0; v < NV; ++v) {
     int64_t left = columns - v * W;
     if (left >= W)
@@ -45,12 +61,12 @@ EVENER_INLINE void gemm_tile(const float* x, int64_t x_stride, const float* pane
 
 template <int ROWS>
 EVENER_INLINE void gemm_rows(int64_t rows, const float* x, int64_t x_stride, const float* panel, int64_t depth, float* out,
-                             int64_t out_stride, const float* bias, bool first, int64_t columns) {
+                             int64_t out_stride, const float* bias, bool first, int64_t columns, Ahead& ahead) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS)
-      gemm_tile<ROWS>(x, x_stride, panel, depth, out, out_stride, bias, first, columns);
+      gemm_tile<ROWS>(x, x_stride, panel, depth, out, out_stride, bias, first, columns, ahead);
     else
-      gemm_rows<ROWS - 1>(rows, x, x_stride, panel, depth, out, out_stride, bias, first, columns);
+      gemm_rows<ROWS - 1>(rows, x, x_stride, panel, depth, out, out_stride, bias, first, columns, ahead);
   }
 }
 
@@ -62,10 +78,12 @@ void gemm_panels(const GemmArgs& a, int64_t panel, int64_t end) {
     for (int64_t b = 0; b < blocks; ++b) {
       int64_t k = a.k * b / blocks, depth = a.k * (b + 1) / blocks - k;
       const float* weight = a.packed + (p * a.k + k) * NR;
+      // The next share of the weight, divided among the tiles of this one. A prefetch beyond the end is harmless.
+      Ahead ahead = {weight + depth * NR, (STEPS * NR / LINE + tiles - 1) / tiles};
       for (int64_t t = 0; t < tiles; ++t) {  // of nearly equal height: a tile of one row waits for its own sums
         int64_t row = a.m * t / tiles, height = a.m * (t + 1) / tiles - row;
         gemm_rows<MR>(height, a.x + row * a.x_stride + k, a.x_stride, weight, depth, a.out + row * a.out_stride + p * NR,
-                      a.out_stride, bias, b == 0, columns);
+                      a.out_stride, bias, b == 0, columns, ahead);
       }
     }
   }
