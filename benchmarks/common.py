@@ -180,13 +180,18 @@ def ratios(results: Mapping[str, Sequence[Mapping[str, Any]]], key: str, baselin
     return {n: median(r[key] / b for r, b in zip(rs, base, strict=True)) for n, rs in results.items()}
 
 
+_tables: list[str] = []
+"""Every table this script made: `save` writes them beside the figures, for docs/measurements.md."""
+
+
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table, columns padded; floats with three significant digits or more."""
     cells = [list(headers), *([_shown(x) for x in row] for row in rows)]
     widths = [max(len(row[k]) for row in cells) for k in range(len(headers))]
     lines = ["| " + " | ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
+    _tables.append("\n".join(lines))
+    return _tables[-1]
 
 
 def _shown(value: object) -> str:
@@ -200,6 +205,7 @@ def save(name: str, figures: Mapping[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"benchmark": name, "machine": machine(), **figures}, indent=1) + "\n")
+    path.with_suffix(".md").write_text("\n\n".join(_tables) + "\n")
     print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
     return path
 

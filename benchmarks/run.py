@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 def benchmarks() -> dict[str, Path]:
     """Name -> script."""
-    return {p.stem: p for p in sorted(HERE.glob("*.py")) if p.stem not in ("run", "common")}
+    return {p.stem: p for p in sorted(HERE.glob("*.py")) if p.stem not in ("run", "common", "report")}
 
 
 def headline(script: Path) -> str:

@@ -68,8 +68,8 @@ def test_collectives_of_the_same_ranks_are_replaced() -> None:
         b"",
         b"not json",
         b"\xff\xfe",
-        b'{"format": 1}',
-        b'{"format": 1, "devices": 3, "collectives": [], "source": "measured"}',
+        b'{"format": 2}',
+        b'{"format": 2, "devices": 3, "collectives": [], "source": "measured"}',
     ],
 )
 def test_a_damaged_file_says_how_to_measure_again(damage: bytes) -> None:
