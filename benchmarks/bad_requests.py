@@ -1,12 +1,13 @@
-"""Sends every bad request of the tests to a running server and prints what each gets, as a markdown table.
+"""What every bad request of the tests gets from a real server: status, code and message.
 
-    python benchmarks/bad_requests.py http://127.0.0.1:8000 [--api-key KEY] [--json FILE]
+    python benchmarks/bad_requests.py [http://127.0.0.1:8000] [--api-key KEY]
+
+Without a URL it starts `evener serve` itself.
 
 Exits 1 when any answer is not the expected one, or when a good request no longer works afterwards.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -15,18 +16,19 @@ import httpx
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "serve"))
 
 from bad_requests import Server, bad_requests
+from common import Target, evener, markdown, save
 
 
 def main() -> int:
     """Run the list; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000")
+    parser.add_argument("url", nargs="?", help="of a running server")
     parser.add_argument("--api-key", default="")
     parser.add_argument("--max-body-bytes", type=int, default=8 * 2**20, help="the server's limit")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
     args = parser.parse_args()
     headers = {"authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    with httpx.Client(base_url=args.url, headers=headers, timeout=60) as http:
+    target = Target("given", url=args.url) if args.url else evener("server", "--devices", "cpu:0")
+    with target.serving() as url, httpx.Client(base_url=url, headers=headers, timeout=60) as http:
         server = describe(http, args.max_body_bytes)
         rows = []
         for bad in bad_requests(server):
@@ -45,16 +47,19 @@ def main() -> int:
                 }
             )
         good = http.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 4})
-    print("| # | request | path | status | code | message |\n|--:|---|---|--:|---|---|")
-    for k, row in enumerate(rows, 1):
-        message = str(row["message"]).replace("|", "\\|").replace("\n", " ")
-        cells = (k, row["request"], row["path"], row["status"], row["code"], message[:160])
-        print("| " + " | ".join(map(str, cells)) + ("" if row["as_expected"] else " **unexpected**") + " |")
+    cells = [
+        [k, row["request"], row["path"], row["status"], row["code"], _cell(row["message"]), row["as_expected"]]
+        for k, row in enumerate(rows, 1)
+    ]
+    print(markdown(["#", "request", "path", "status", "code", "message", "as expected"], cells))
     wrong = sum(not row["as_expected"] for row in rows)
     print(f"\n{len(rows)} bad requests, {wrong} answered unexpectedly; a good one afterwards: {good.status_code}")
-    if args.json:
-        args.json.write_text(json.dumps({"rows": rows, "unexpected": wrong, "good_after": good.status_code}, indent=1))
+    save("bad_requests", {"rows": rows, "unexpected": wrong, "good_after": good.status_code})
     return int(wrong > 0 or good.status_code != 200)
+
+
+def _cell(message: object) -> str:
+    return str(message).replace("|", "\\|").replace("\n", " ")[:160]
 
 
 def describe(http: httpx.Client, max_body_bytes: int) -> Server:

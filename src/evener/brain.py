@@ -142,7 +142,7 @@ class Brain:
             )
             return
         waiting = sum(r.waiting_rows() for r in alive)
-        if waiting >= self.config.max_queue:
+        if waiting >= self.config.max_queue and not any(r.takes_at_once() for r in alive):
             retry = max(1.0, min(self._seconds_of_queue(r) for r in alive))
             out.append(
                 Refuse(

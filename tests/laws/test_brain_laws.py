@@ -7,9 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from tests.laws.traffic import SLOTS, Case, cases, make_brain, make_simulator, make_traffic
 
 from evener.engine.batch import BatchResult
-from evener.engine.events import BatchDone, Event, IssueBatch
+from evener.engine.events import Arrived, BatchDone, Event, IssueBatch, Refuse
+from evener.engine.request import Request
 from evener.execute.live.record import Entry
 from evener.execute.sim.body import SimRequest
+from evener.units import Nanoseconds
 
 law = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -193,3 +195,15 @@ def test_traffic_reaches_the_rare_paths() -> None:
     assert preempted > 20 and hits > 20
     assert any(t.cancel_at is not None for t in make_traffic(Case(3, "fcfs", 1, 1, 19, 40, True, False)))
     assert isinstance(make_traffic(Case(3, "fcfs", 1, 1, 19, 40, True, False))[0], SimRequest)
+
+
+def test_max_queue_0_still_serves_what_can_start() -> None:
+    """The limit is on waiting: with free slots nothing waits, and the first that would have to is refused."""
+    case = Case(1, "equal-time", 1, 1, 400, 1, False, False)
+    brain = make_brain(case)
+    brain.config = msgspec.structs.replace(brain.config, max_queue=0)
+    commands = []
+    for k in range(SLOTS + 1):
+        commands += brain.step(Arrived(Request(f"q{k}", 4, 4)), Nanoseconds(k))
+    refused = [c for c in commands if isinstance(c, Refuse)]
+    assert [r.request_id for r in refused] == [f"q{SLOTS}"] and refused[0].code == "overloaded"

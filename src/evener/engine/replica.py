@@ -99,6 +99,10 @@ class ReplicaEngine:
         """Sequences that hold nothing yet."""
         return self._waiting_count
 
+    def takes_at_once(self) -> bool:
+        """A slot is free beyond those that the waiting will get with the next batches."""
+        return self._waiting_count < len(self._free_slots)
+
     def oldest_waiting(self) -> Nanoseconds:
         """Arrival of the first in the queue; there must be one."""
         self._skip_done()

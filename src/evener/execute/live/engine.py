@@ -6,6 +6,7 @@ One asyncio loop: events go into `Brain.step` in the order they are seen, comman
 import asyncio
 import contextlib
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ class LiveEngine:
         self._loaded = asyncio.Event()
         self._failed: StartFailed | None = None
         self._closed = False
+        self._broken = ""
+        """Why nothing can be served any more, after a failure of our own."""
         self._recorder = Recorder(Path(config.record)) if config.record else None
 
     # ---- start and stop ---------------------------------------------------------------------------------------
@@ -157,7 +160,9 @@ class LiveEngine:
                     worker = WorkerProcess(config)
                     self._workers[worker.name] = worker
                     self._tasks.append(asyncio.create_task(self._watch(worker), name=f"watch {worker.name}"))
-        self._tasks.append(asyncio.create_task(self._receive(progress), name="receive"))
+        receiving = asyncio.create_task(self._receive(progress), name="receive")
+        receiving.add_done_callback(self._receive_ended)
+        self._tasks.append(receiving)
         try:
             await asyncio.wait_for(self._loaded.wait(), self.config.start_timeout)
         except TimeoutError:
@@ -213,6 +218,8 @@ class LiveEngine:
         """See Engine."""
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id!r} is in use")
+        if self._broken:
+            raise Unavailable(self._broken)
         queue: asyncio.Queue[Answer | EvenerError] = asyncio.Queue()
         self._streams[request.request_id] = queue
         try:
@@ -255,9 +262,11 @@ class LiveEngine:
                     output_tokens=replica.output_tokens,
                 )
             )
-        ready = not self._closed and len(self.brain.down) < len(self.brain.replicas)
+        ready = not self._closed and not self._broken and len(self.brain.down) < len(self.brain.replicas)
         reason = ""
-        if self._closed:
+        if self._broken:
+            reason = self._broken
+        elif self._closed:
             reason = "the server is shutting down"
         elif self.brain.down:
             reason = self.brain.no_replica_reason()
@@ -325,6 +334,19 @@ class LiveEngine:
             elif isinstance(message, Lost):
                 self._lost(message.lost, message.reason)
 
+    def _receive_ended(self, task: "asyncio.Task[None]") -> None:
+        """Without this task no result would ever arrive: fail everything rather than hang."""
+        if task.cancelled() or self._closed:
+            return
+        error = task.exception()
+        traceback.print_exception(error)
+        self._broken = f"the engine failed ({type(error).__name__}: {error}); restart the server"
+        for queue in self._streams.values():
+            queue.put_nowait(Unavailable(self._broken))
+        self._streams.clear()
+        for worker in self._workers.values():
+            worker.kill()
+
     # ---- failures ---------------------------------------------------------------------------------------------
 
     async def _watch(self, worker: WorkerProcess) -> None:
@@ -341,7 +363,7 @@ class LiveEngine:
         # A peer may name several devices; the first one stands for the replica.
         device = device.split(", ")[0]
         index = next((k for k, r in enumerate(self.plan.replicas) if device in r.devices()), None)
-        if index is None or index in self.brain.down or self._closed:
+        if index is None or index in self.brain.down or self._closed or self._broken:
             return
         segment = self._segments[index]
         if segment is not None:
