@@ -28,12 +28,15 @@ from evener.engine.events import (
 from evener.engine.policy import make_policy
 from evener.engine.replica import ReplicaConfig, ReplicaEngine
 from evener.engine.request import Request
-from evener.engine.sequence import Sequence
+from evener.engine.sequence import Sequence, State
 from evener.router.choose import Router, make_router
 from evener.router.lengths import LengthEstimator
 from evener.router.load import load_of
 from evener.spec.plan import Plan
 from evener.units import NS_PER_S, Nanoseconds
+
+_TELL_EVERY = 16
+"""Output tokens of a running request between two lessons for the length estimator."""
 
 
 class BrainConfig(Struct, frozen=True):
@@ -163,10 +166,23 @@ class Brain:
     def _route(self, seq: Sequence, among: list[ReplicaEngine]) -> ReplicaEngine:
         if len(among) == 1:
             return among[0]
+        self._learn_from_running(among)
         loads = [load_of(r, seq, self.lengths) for r in among]
         done = seq.target - seq.request.prompt_len
         left = self.lengths.expected_remaining(done, max(done, seq.request.max_tokens))
         return self.replicas[self.router.choose(seq.target, left, loads, self.costs)]
+
+    def _learn_from_running(self, replicas: list[ReplicaEngine]) -> None:
+        """Tell the length estimator how far running requests have come (censored), a few tokens at a time.
+
+        Two tokens may be in flight and not yet known to have followed; the simulator knows no more either.
+        """
+        for replica in replicas:
+            for seq in replica.active.values():
+                known = seq.output_length - 2
+                if seq.state is State.DECODE and known >= seq.told + _TELL_EVERY:
+                    self.lengths.advance(seq.told, known)
+                    seq.told = known
 
     def _batch_done(self, index: int, result: BatchResult, out: list[Command]) -> None:
         if index in self.down:
@@ -263,7 +279,9 @@ class Brain:
 
     def _forget(self, request_id: str, censored: bool) -> None:
         _, seq = self._live.pop(request_id)
-        self.lengths.observe(seq.emitted, censored)
+        self.lengths.advance(seq.told, seq.emitted)
+        if not censored:
+            self.lengths.end(max(seq.told, seq.emitted))
 
     def _seconds_of_queue(self, replica: ReplicaEngine) -> float:
         tokens = replica.prefill_tokens_left()

@@ -31,7 +31,7 @@ class Sequence:
     __slots__ = (
         "arrival", "blocks", "cached", "computed", "emitted", "first_answer", "group", "join_length", "join_step",
         "keys", "last_batch", "length", "order", "preempted", "prompt_logprobs", "published", "request", "slot",
-        "state", "target", "tokens",
+        "state", "target", "tokens", "told",
     )  # fmt: skip
 
     def __init__(self, request: Request, order: int, arrival: Nanoseconds) -> None:
@@ -46,6 +46,8 @@ class Sequence:
         self.computed = 0
         self.cached = 0
         self.emitted = 0
+        self.told = 0
+        """Output tokens that the length estimator has heard of."""
         self.first_answer = True
         self.slot = -1
         self.blocks: list[int] = []
