@@ -14,7 +14,7 @@ from evener.cost.base import BatchShape, CostModel
 from evener.cost.rates import Profile, bind, default_profile
 from evener.cost.roofline import RooflineCostModel
 from evener.engine.policy import make_policy
-from evener.errors import InvalidInput, InvalidPlan
+from evener.errors import InvalidDevice, InvalidInput, InvalidPlan
 from evener.execute.live.engine import LiveConfig, LiveEngine
 from evener.model.source import ModelSource, open_model
 from evener.plan.default import default_plan, equal_plan
@@ -96,11 +96,16 @@ def prepare(options: EngineOptions, source: ModelSource | None = None) -> Prepar
             raise InvalidInput(f"{name}={getattr(options, name)} must be at least 1")
     if options.max_queue < 0:
         raise InvalidInput(f"max_queue={options.max_queue} must not be negative")
+    for name, least in (("start_timeout_s", 0.1), ("worker_timeout_s", 0.1), ("static_wait_s", 0.0)):
+        seconds = getattr(options, name)
+        if not least <= seconds <= 86_400.0:
+            raise InvalidInput(f"{name}={seconds} must be a number of seconds from {least:g} to 86400")
     source = source or open_model(options.model)
     model = source.spec
     cluster, plan, profile = _plan(options, model)
     costs = RooflineCostModel(model, plan, bind(profile, cluster.devices), dtype=options.dtype, links=options.links)
-    chunk = options.max_num_batched_tokens or _chunk(costs, len(plan.replicas))
+    given = options.max_num_batched_tokens
+    chunk = given if given is not None else _chunk(costs, len(plan.replicas))
     if chunk < 1:
         raise InvalidInput(f"max_num_batched_tokens={chunk} must be at least 1")
     blocks, longest = _kv(options, model, cluster, plan, chunk)
@@ -181,6 +186,9 @@ def _plan(options: EngineOptions, model: ModelSpec) -> tuple[Cluster, Plan, Prof
         devices = given or [parse_device(name) for name in plan.devices()]
     else:
         devices = given or _own_devices(tp * pp * dp)
+    for device in devices:
+        if device.kind != "cpu":
+            raise InvalidDevice(f"device {device.name}: plans on GPUs are not served yet; name cpu devices")
     cluster = Cluster(tuple(devices), options.links)
     check_present(cluster.devices)
     profile = load_profile(cluster) or default_profile(devices)

@@ -266,14 +266,10 @@ class Brain:
                 source = max(alive, key=lambda r: (r.waiting_rows(), -r.index))
                 if source.waiting_rows() == 0 or source is idle:
                     continue
-                seq = source.take_waiting()
-                if seq is None:
-                    continue
-                need = -(-(seq.request.prompt_len + seq.request.max_tokens) // self.config.block_tokens)
-                home = idle if need <= idle.config.kv_blocks else source
-                home.add(seq)
-                self._live[seq.request.request_id] = (home.index, seq)
-                if home is idle:
+                seq = source.take_waiting(idle.config.kv_blocks * idle.config.block_tokens)
+                if seq is not None:
+                    idle.add(seq)
+                    self._live[seq.request.request_id] = (idle.index, seq)
                     moved.append(idle.index)
         return moved
 

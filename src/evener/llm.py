@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from evener.api import make_options, prepare, start_engine
 from evener.engine.batch import TokenLogprobs
-from evener.errors import ContextTooLong, InvalidRequest
+from evener.errors import ContextTooLong, InvalidRequest, Unavailable
 from evener.execute.live.engine import LiveEngine
 from evener.serve.front import Front, FrontConfig
 from evener.serve.generation import Choice, Generation
@@ -69,19 +69,21 @@ class LLM:
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         """Start the workers. Raises InvalidInput before anything starts, StartFailed when one does not come up."""
-        prepared = prepare(make_options(model=model, **options))
+        # Offline everything may wait; a limit would refuse what the caller has already handed over.
+        prepared = prepare(make_options(model=model, **{"max_queue": 1 << 30, **options}))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="evener", daemon=True)
         self._thread.start()
         self._closed = False
+        source = prepared.source
         try:
+            tokenizer = source.tokenizer()
+            config = FrontConfig(served_model_names=(source.name,), eos_token_ids=source.eos_token_ids)
             self.engine: LiveEngine = self._run(start_engine(prepared=prepared))
         except BaseException:
             self._stop_loop()
             raise
-        source = prepared.source
-        config = FrontConfig(served_model_names=(source.name,), eos_token_ids=source.eos_token_ids)
-        self._front = Front(self.engine, source.tokenizer(), config)
+        self._front = Front(self.engine, tokenizer, config)
 
     def generate(
         self,
@@ -126,7 +128,14 @@ class LLM:
 
     async def _generate(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[RequestOutput]:
         made = [await self._prepare(p, q) for p, q in zip(prompts, params, strict=True)]
-        return list(await asyncio.gather(*(self._follow(out, choices) for out, choices in made)))
+        tasks = [asyncio.create_task(self._follow(out, choices)) for out, choices in made]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:  # nobody would read them
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
 
     async def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[RequestOutput, list[Choice]]:
         try:
@@ -182,6 +191,9 @@ class LLM:
         return out
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise Unavailable("this LLM is closed; make a new one")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -190,6 +202,12 @@ class LLM:
             raise
 
     def _stop_loop(self) -> None:
+        async def settle() -> None:
+            # What was interrupted cleans up before its loop ends.
+            others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
+            await asyncio.wait(others, timeout=10) if others else None
+
+        asyncio.run_coroutine_threadsafe(settle(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -6,6 +6,7 @@ engine's token must be the reference's argmax, unless the reference's best two a
 induction the greedy texts are then the same up to such ties.
 """
 
+import math
 import random
 from typing import Any
 
@@ -113,11 +114,13 @@ def compare(reference: Reference, prompt: list[int], out: RequestOutput, toleran
     first_output = len(positions) - len(output.token_ids)
     for k, (ours, theirs) in enumerate(zip(wanted, positions, strict=True)):
         known = dict(zip(theirs.ids.tolist(), theirs.logprobs.tolist(), strict=True))
+        assert ours.top, "the engine sent no alternatives to compare"
         for token, logprob in ours.top:
             if token not in known:
                 worst, verdict = float("inf"), "wrong"
                 continue
-            worst = max(worst, abs(logprob - known[token]) / theirs.spread)
+            error = abs(logprob - known[token]) / theirs.spread
+            worst = max(worst, error if math.isfinite(error) else math.inf)
         if k >= first_output and ours.token != int(theirs.ids[0]):
             gap = float(theirs.logprobs[0] - theirs.logprobs[1]) / theirs.spread
             second = ours.token == int(theirs.ids[1])
@@ -141,6 +144,9 @@ def verify(
 
     if requests < 1 or tokens < 1:
         raise InvalidInput(f"requests={requests} and tokens={tokens} must be at least 1")
+    for name in ("router", "kv_cache_memory", "max_model_len"):
+        if name in options:
+            raise InvalidInput(f"{name} is set by the verification itself, which sizes the KV cache; leave it out")
     began = time.monotonic()
     dtype = options.get("dtype", "fp32")
     settings = {"max_num_seqs": 24, "max_num_batched_tokens": 64, **options, "router": "round-robin"}
@@ -179,7 +185,7 @@ def verify(
         positions += compared
     return Verdict(
         plan=plan,
-        passed=worst <= tolerance and verdicts["wrong"] == 0,
+        passed=worst <= tolerance and math.isfinite(worst) and verdicts["wrong"] == 0,
         max_rel_err=worst,
         greedy_equal=verdicts["equal"],
         diverged_at_ties=verdicts["tie"],

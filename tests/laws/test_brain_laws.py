@@ -4,10 +4,11 @@ from collections import Counter
 
 import msgspec
 from hypothesis import HealthCheck, given, settings
-from tests.laws.traffic import SLOTS, Case, cases, make_brain, make_simulator, make_traffic
+from tests.laws.traffic import SLOTS, Case, SimpleCosts, cases, make_brain, make_plan, make_simulator, make_traffic
 
+from evener.brain import Brain, BrainConfig
 from evener.engine.batch import BatchResult
-from evener.engine.events import Arrived, BatchDone, Event, IssueBatch, Refuse
+from evener.engine.events import Arrived, BatchDone, Cancelled, Event, IssueBatch, Refuse
 from evener.engine.request import Request
 from evener.execute.live.record import Entry
 from evener.execute.sim.body import SimRequest
@@ -207,3 +208,31 @@ def test_max_queue_0_still_serves_what_can_start() -> None:
         commands += brain.step(Arrived(Request(f"q{k}", 4, 4)), Nanoseconds(k))
     refused = [c for c in commands if isinstance(c, Refuse)]
     assert [r.request_id for r in refused] == [f"q{SLOTS}"] and refused[0].code == "overloaded"
+
+
+def test_cancelled_requests_do_not_pile_up_behind_a_queue() -> None:
+    """A client that retries for ever behind full slots leaves nothing behind."""
+    brain = make_brain(Case(1, "fcfs", 1, 1, 400, 1, False, False))
+    now = 0
+    for k in range(40):
+        brain.step(Arrived(Request(f"q{k}", 100, 100)), Nanoseconds(now))
+    for k in range(3000):
+        now += 1
+        brain.step(Arrived(Request(f"c{k}", 100, 100)), Nanoseconds(now))
+        brain.step(Cancelled(f"c{k}"), Nanoseconds(now))
+    assert len(brain.replicas[0]._waiting) < 200 and brain.unfinished == 40
+
+
+def test_a_small_replica_takes_over_what_fits_it() -> None:
+    """An idle replica looks past a waiting request that is too large for it."""
+    config = BrainConfig(max_num_seqs=1, max_num_batched_tokens=64)
+    brain = Brain(make_plan(1, 2), [400, 8], SimpleCosts(1), config)
+    brain.down[1] = "not yet"  # everything arrives at the large one
+    for name, prompt in (("a", 300), ("small", 20), ("large", 900)):
+        brain.step(Arrived(Request(name, prompt, 50)), Nanoseconds(0))
+    del brain.down[1]
+    issued = brain.step(Cancelled("nobody"), Nanoseconds(1)) + brain.step(
+        Arrived(Request("b", 900, 50)), Nanoseconds(2)
+    )
+    rows = [row.request_id for c in issued if isinstance(c, IssueBatch) and c.replica == 1 for row in c.batch.new]
+    assert rows == ["small"]

@@ -218,9 +218,9 @@ class ReplicaEngine:
         heapq.heappush(self._waiting, (seq.rank, seq))
         self._count_waiting(seq, 1)
 
-    def take_waiting(self) -> Sequence | None:
-        """Remove the last of the queue, to run it elsewhere."""
-        live = [entry for entry in self._waiting if entry[1].state is State.WAITING]
+    def take_waiting(self, max_tokens: int) -> Sequence | None:
+        """Remove the last of the queue that needs at most `max_tokens` tokens of KV, to run it elsewhere."""
+        live = [e for e in self._waiting if e[1].state is State.WAITING and e[1].most_tokens <= max_tokens]
         if not live:
             return None
         entry = max(live, key=lambda e: e[0])
@@ -265,6 +265,11 @@ class ReplicaEngine:
         if seq.state is State.WAITING:
             self._count_waiting(seq, -1)
             seq.state = State.DONE
+            if (
+                len(self._waiting) > 2 * self._waiting_count + 64
+            ):  # clients that left must not pile up behind a long queue
+                self._waiting = [e for e in self._waiting if e[1].state is State.WAITING]
+                heapq.heapify(self._waiting)
             return
         preempted = seq.state is State.PREEMPTED
         self._withdraw(seq)

@@ -66,6 +66,11 @@ class Sequence:
         return (self.request.priority, self.order)
 
     @property
+    def most_tokens(self) -> int:
+        """Tokens of KV that it needs at its cap."""
+        return self.request.prompt_len + self.request.max_tokens
+
+    @property
     def left(self) -> int:
         """Tokens still to prefill."""
         return self.target - self.computed

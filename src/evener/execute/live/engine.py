@@ -4,7 +4,6 @@ One asyncio loop: events go into `Brain.step` in the order they are seen, comman
 """
 
 import asyncio
-import contextlib
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable
@@ -188,8 +187,8 @@ class LiveEngine:
         for timer in self._timers.values():
             timer.cancel()
         for name in self.ready:
-            with contextlib.suppress(zmq.ZMQError):
-                self._socket.send_multipart([name.encode(), encode(Stop())], flags=zmq.NOBLOCK)
+            if self._workers[name].process.poll() is None:
+                self._send(name, encode(Stop()))
         deadline = time.monotonic() + 5.0
         while any(w.process.poll() is None for n, w in self._workers.items() if n in self.ready):
             if time.monotonic() > deadline:
@@ -218,8 +217,8 @@ class LiveEngine:
         """See Engine."""
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id!r} is in use")
-        if self._broken:
-            raise Unavailable(self._broken)
+        if self._broken or self._closed:
+            raise Unavailable(self._broken or "the server is shutting down")
         queue: asyncio.Queue[Answer | EvenerError] = asyncio.Queue()
         self._streams[request.request_id] = queue
         try:
@@ -268,7 +267,7 @@ class LiveEngine:
             reason = self._broken
         elif self._closed:
             reason = "the server is shutting down"
-        elif self.brain.down:
+        elif not ready:
             reason = self.brain.no_replica_reason()
         return Status(ready, tuple(replicas), reason)
 
@@ -277,7 +276,7 @@ class LiveEngine:
     def _consume(self, event: Event) -> None:
         now = Nanoseconds(time.monotonic_ns())
         commands = self.brain.step(event, now)
-        if self._recorder is not None:
+        if self._recorder is not None and not self._recorder.closed:
             self._recorder.add(now, event, commands)
         for command in commands:
             if isinstance(command, Answer):
@@ -305,15 +304,18 @@ class LiveEngine:
             self._consume(TimerFired(timer_id))
 
     def _issue(self, command: IssueBatch) -> None:
-        if len(self.brain.replicas[command.replica].in_flight) == 1:  # it was idle: its time starts now
+        in_flight = self.brain.replicas[command.replica].in_flight
+        if in_flight and in_flight[0].batch_id == command.batch.batch_id:  # it was idle: its time starts now
             self._progress[command.replica] = time.monotonic()
         data = encode(Work(command.batch))
         for device in self.plan.replicas[command.replica].devices():
-            try:
-                # No high-water mark is set, so this queues at once and the future is done.
-                self._socket.send_multipart([device.encode(), data], flags=zmq.NOBLOCK)
-            except zmq.ZMQError:
-                return  # its process is gone; the watcher says so with the reason
+            self._send(device, data)
+
+    def _send(self, device: str, data: bytes) -> None:
+        # No high-water mark is set, so this queues at once. A process that is gone is the watcher's business: it knows
+        # how it ended.
+        sent: Any = self._socket.send_multipart([device.encode(), data], flags=zmq.NOBLOCK)
+        sent.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     async def _receive(self, progress: Callable[[str], None] | None) -> None:
         while True:

@@ -38,6 +38,11 @@ class Recorder:
         self._file.write(len(data).to_bytes(4, "little"))
         self._file.write(data)
 
+    @property
+    def closed(self) -> bool:
+        """Nothing more can be added."""
+        return self._file.closed
+
     def close(self) -> None:
         """Flush and close; idempotent."""
         self._file.close()
