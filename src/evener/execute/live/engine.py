@@ -4,6 +4,7 @@ One asyncio loop: events go into `Brain.step` in the order they are seen, comman
 """
 
 import asyncio
+import os
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable
@@ -151,6 +152,7 @@ class LiveEngine:
                         max_num_seqs=self.brain_config.max_num_seqs,
                         max_model_len=self.max_model_len,
                         max_batch_tokens=self.brain_config.max_num_batched_tokens + self.brain_config.max_num_seqs,
+                        control_pid=os.getpid(),
                         endpoint=self._dir.endpoint,
                         segment_fd=segment.fd if segment is not None else -1,
                         shares_core=self._shares_core(shard.device),

@@ -36,6 +36,8 @@ class WorkerConfig(Struct, frozen=True):
     max_num_seqs: int
     max_model_len: int
     max_batch_tokens: int
+    control_pid: int
+    """The process that started the worker; a worker that has lost it must end."""
     endpoint: str
     """ZeroMQ address of the control process."""
     segment_fd: int

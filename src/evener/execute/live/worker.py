@@ -98,6 +98,8 @@ def main() -> int:
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the control process, which stops its workers
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WorkerConfig)
+    if os.getppid() != config.control_pid:
+        return 1  # it ended before the kernel was asked to tell
     name = config.device.name
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
