@@ -138,10 +138,15 @@ class TorchWorld:
             try:
                 work.wait(_SLICE)
                 return
-            except RuntimeError as e:
+            except RuntimeError:
                 self.check()
                 if work.is_completed():
-                    reason = f"the connection failed: {_first_line(e)}"
+                    # It may have been done just after the slice ran out: waiting again says which.
+                    try:
+                        work.wait(_SLICE)
+                        return
+                    except RuntimeError as failed:
+                        reason = f"the connection failed: {_first_line(failed)}"
                 elif time.monotonic() > end:
                     reason = f"did not take part within {self.deadline:.3g} s, the deadline"
                 else:
