@@ -171,12 +171,6 @@ class DecodeGroup:
                 out.append(seq)
         return out
 
-    def next_due(self) -> int:
-        """Steps until some row needs attention; a large number if none does."""
-        while self._due and self._due[0][2].group is not self:
-            heapq.heappop(self._due)
-        return self._due[0][0] - self.steps if self._due else 1 << 30
-
     def advance(self, batch_id: int) -> None:
         """One step was issued."""
         self.steps += 1
