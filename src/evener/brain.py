@@ -29,11 +29,20 @@ from evener.engine.policy import make_policy
 from evener.engine.replica import ReplicaConfig, ReplicaEngine
 from evener.engine.request import Request
 from evener.engine.sequence import Sequence, State
+from evener.ledger.spans import HoldKind, Journal, Milestone
 from evener.router.choose import Router, make_router
 from evener.router.lengths import LengthEstimator
 from evener.router.load import load_of
 from evener.spec.plan import Plan
 from evener.units import NS_PER_S, Nanoseconds
+
+HOLD_KIND = {
+    "static_batch_fills": HoldKind.POLICY,
+    "static_batch_runs": HoldKind.POLICY,
+    "kv_blocks": HoldKind.KV,
+    "preempting": HoldKind.KV,
+}
+"""What each reason to hold means to the ledger."""
 
 _TELL_EVERY = 16
 """Output tokens of a running request between two lessons for the length estimator."""
@@ -57,9 +66,20 @@ class BrainConfig(Struct, frozen=True):
 class Brain:
     """Decides what runs next, where. Deterministic: the same events at the same times give the same commands."""
 
-    def __init__(self, plan: Plan, kv_blocks: list[int], costs: CostModel, config: BrainConfig) -> None:
-        """`kv_blocks`: per replica, the fewest blocks that any of its shards can hold."""
+    def __init__(
+        self,
+        plan: Plan,
+        kv_blocks: list[int],
+        costs: CostModel,
+        config: BrainConfig,
+        journal: Journal | None = None,
+    ) -> None:
+        """`kv_blocks`: per replica, the fewest blocks that any of its shards can hold. `journal` hears of everything."""
         self.plan = plan
+        self.journal = journal
+        self._states: dict[int, tuple[HoldKind, bool, bool]] = {}
+        """Replica -> what the journal heard of it last."""
+        self._anybody_waits = False
         self.config = config
         self.costs = costs
         self.router: Router = make_router(config.router)
@@ -105,7 +125,7 @@ class Brain:
         """Consume one event and say what to do. `now` never decreases from call to call."""
         out: list[Command] = []
         if isinstance(event, BatchDone):
-            self._batch_done(event.replica, event.result, out)
+            self._batch_done(event.replica, event.result, now, out)
             self._pump(event.replica, now, out)
         elif isinstance(event, Arrived):
             self._arrived(event.request, now, out)
@@ -118,7 +138,9 @@ class Brain:
         elif isinstance(event, WorkerDown):
             self._worker_down(event, now, out)
         else:
-            self._shutdown(event, out)
+            self._shutdown(event, now, out)
+        if self.journal is not None:
+            self._tell_waiting(self.journal, now)
         return out
 
     # ---- events -----------------------------------------------------------------------------------------------
@@ -161,6 +183,7 @@ class Brain:
         replica = self._route(seq, [r for r in alive if r.config.kv_blocks >= need])
         self._live[request.request_id] = (replica.index, seq)
         replica.add(seq)
+        self._milestone(request.request_id, replica.index, now, Milestone.ARRIVED, request.prompt_len)
         self._pump(replica.index, now, out)
 
     def _route(self, seq: Sequence, among: list[ReplicaEngine]) -> ReplicaEngine:
@@ -184,12 +207,21 @@ class Brain:
                     self.lengths.advance(seq.told, known)
                     seq.told = known
 
-    def _batch_done(self, index: int, result: BatchResult, out: list[Command]) -> None:
+    def _batch_done(self, index: int, result: BatchResult, now: Nanoseconds, out: list[Command]) -> None:
         if index in self.down:
             return  # a result that was on its way when the replica was fenced; its sequences moved on
-        for answer in self.replicas[index].batch_done(result):
+        replica = self.replicas[index]
+        answers = replica.batch_done(result)
+        if self.journal is not None:
+            self.journal.done(index, result.batch_id, now, replica.late_rows)
+        for answer in answers:
             out.append(answer)
+            if self.journal is not None and answer.count:
+                seq = self._live[answer.request_id][1]
+                if seq.emitted == answer.count:
+                    self.journal.request(answer.request_id, index, now, Milestone.FIRST_TOKEN, seq.emitted)
             if answer.finish is not None:
+                self._ended(answer.request_id, now)
                 self._forget(answer.request_id, censored=answer.finish != "stop")
 
     def _cancelled(self, event: Cancelled, now: Nanoseconds, out: list[Command]) -> None:
@@ -198,6 +230,7 @@ class Brain:
             return
         index, seq = found
         self.replicas[index].end(seq)
+        self._ended(event.request_id, now)
         finish = "stop" if event.stopped else "cancelled"
         self._forget(event.request_id, censored=not event.stopped)
         out.append(Answer(event.request_id, [], 0, finish))
@@ -209,11 +242,14 @@ class Brain:
             return
         self.down[index] = f"worker {event.device} lost: {event.reason}"
         self._held.pop(index, None)
+        if self.journal is not None:
+            self.journal.down(index, now, self.down[index])
         for seq in self.replicas[index].abandon():
             request = seq.request
             need = -(-(request.prompt_len + request.max_tokens) // self.config.block_tokens)
             fits = [r for r in self.replicas if r.index not in self.down and r.config.kv_blocks >= need]
             if not fits:
+                self._ended(request.request_id, now)
                 self._live.pop(request.request_id)
                 out.append(Refuse(request.request_id, "worker_lost", self.no_replica_reason(index)))
                 continue
@@ -221,14 +257,16 @@ class Brain:
             target = self._route(seq, fits)
             target.requeue(seq)
             self._live[request.request_id] = (target.index, seq)
+            self._milestone(request.request_id, target.index, now, Milestone.MOVED, seq.emitted)
         for replica in self.replicas:
             if replica.index not in self.down:
                 self._pump(replica.index, now, out)
 
-    def _shutdown(self, event: Shutdown, out: list[Command]) -> None:
+    def _shutdown(self, event: Shutdown, now: Nanoseconds, out: list[Command]) -> None:
         self._closed = event.reason
         for request_id, (index, seq) in list(self._live.items()):
             self.replicas[index].end(seq)
+            self._ended(request_id, now)
             out.append(Refuse(request_id, "unavailable", event.reason))
         self._live.clear()
 
@@ -238,7 +276,7 @@ class Brain:
         """Issue to a replica while its pipeline takes batches; then let idle replicas take over waiting requests."""
         self._issue(index, now, out)
         if len(self.replicas) > 1:
-            for other in self._balance():
+            for other in self._balance(now):
                 self._issue(other, now, out)
 
     def _issue(self, index: int, now: Nanoseconds, out: list[Command]) -> None:
@@ -247,15 +285,19 @@ class Brain:
         while (issued := replica.next_batch(now)) is not None:
             out.append(issued)
             if isinstance(issued, IssueBatch):
+                if self.journal is not None:
+                    self._tell_issued(self.journal, issued, now)
                 continue
             self._held[index] = issued
             if issued.until is not None:
                 self._next_timer += 1
                 self._timers[self._next_timer] = index
                 out.append(SetTimer(self._next_timer, issued.until))
-            return
+            break
+        if self.journal is not None:
+            self._tell_state(self.journal, replica, now)
 
-    def _balance(self) -> list[int]:
+    def _balance(self, now: Nanoseconds) -> list[int]:
         """Move requests that wait at one replica to others that would start them at once."""
         moved = []
         if self.router.moves_waiting:
@@ -270,8 +312,48 @@ class Brain:
                 if seq is not None:
                     idle.add(seq)
                     self._live[seq.request.request_id] = (idle.index, seq)
+                    self._milestone(seq.request.request_id, idle.index, now, Milestone.MOVED, seq.emitted)
                     moved.append(idle.index)
         return moved
+
+    # ---- what the journal hears -------------------------------------------------------------------------------
+
+    def _milestone(self, request_id: str, replica: int, now: Nanoseconds, what: Milestone, tokens: int) -> None:
+        if self.journal is not None:
+            self.journal.request(request_id, replica, now, what, tokens)
+
+    def _ended(self, request_id: str, now: Nanoseconds) -> None:
+        if self.journal is not None:
+            index, seq = self._live[request_id]
+            self.journal.request(request_id, index, now, Milestone.ENDED, seq.emitted)
+
+    def _tell_issued(self, journal: Journal, issued: IssueBatch, now: Nanoseconds) -> None:
+        replica = self.replicas[issued.replica]
+        for request_id in replica.newly_preempted:
+            if request_id in self._live:
+                emitted = self._live[request_id][1].emitted
+                journal.request(request_id, issued.replica, now, Milestone.PREEMPTED, emitted)
+        replica.newly_preempted.clear()
+        journal.issued(issued.replica, issued.batch.batch_id, now, replica.in_flight[-1].made_of)
+        for new in issued.batch.new:
+            journal.request(new.request_id, issued.replica, now, Milestone.ADMITTED, new.n_tokens - new.prompt_len)
+
+    def _tell_state(self, journal: Journal, replica: ReplicaEngine, now: Nanoseconds) -> None:
+        index = replica.index
+        held = self._held.get(index)
+        kind = HOLD_KIND[held.reason] if held is not None else HoldKind.NONE
+        state = (kind, replica.has_work(), replica.short_of_kv)
+        if self._states.get(index) != state:
+            self._states[index] = state
+            journal.state(index, now, *state)
+
+    def _tell_waiting(self, journal: Journal, now: Nanoseconds) -> None:
+        anybody = any(r.waiting_rows() for r in self.replicas if r.index not in self.down)
+        if anybody != self._anybody_waits:
+            self._anybody_waits = anybody
+            journal.waiting(now, anybody)
+
+    # ---- bookkeeping ------------------------------------------------------------------------------------------
 
     def _forget(self, request_id: str, censored: bool) -> None:
         _, seq = self._live.pop(request_id)

@@ -27,6 +27,7 @@ class BatchBuilder:
         self.prefill_pairs = 0
         self.sampled = 0
         self.pad_tokens = 0
+        self.recompute_tokens = 0
         self.chunks: list[Chunk] = []
         self.chunk_rows: list[Sequence] = []
         self.new: list[NewRow] = []
@@ -97,6 +98,8 @@ class BatchBuilder:
         self.prefill_tokens += count
         self.prefill_pairs += count * seq.computed + count * (count + 1) // 2
         self.sampled += sample
+        if seq.redo > seq.computed:
+            self.recompute_tokens += min(seq.computed + count, seq.redo) - seq.computed
         seq.computed += count
 
     def admit(self, seq: Sequence) -> None:

@@ -6,7 +6,6 @@ cancelled, preempted) keeps its slot and blocks until the last batch that names 
 
 import heapq
 from collections import deque
-from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -17,6 +16,7 @@ from evener.engine.events import Answer, Hold, IssueBatch
 from evener.engine.kv import BlockPool
 from evener.engine.policy import Policy
 from evener.engine.sequence import DecodeGroup, Sequence, State
+from evener.ledger.spans import MakeUp
 from evener.units import Nanoseconds
 
 
@@ -36,12 +36,24 @@ class ReplicaConfig(Struct, frozen=True):
     epoch: int = 0
 
 
-class _InFlight(NamedTuple):
-    batch_id: int
-    group: DecodeGroup | None
-    rows: tuple[Sequence, ...]
-    capped: list[Sequence]
-    shape: BatchShape
+class InFlight:
+    """A batch that was issued and is not done."""
+
+    __slots__ = ("batch_id", "capped", "group", "late", "made_of", "rows", "shape", "step")
+
+    def __init__(
+        self, batch_id: int, group: DecodeGroup | None, rows: tuple[Sequence, ...], capped: list[Sequence],
+        shape: BatchShape, made_of: MakeUp,
+    ) -> None:  # fmt: skip
+        self.batch_id = batch_id
+        self.group = group
+        self.step = group.steps if group is not None else 0
+        self.rows = rows
+        self.capped = capped
+        self.shape = shape
+        self.made_of = made_of
+        self.late = 0
+        """Decode rows that ended before this batch was done: their tokens are thrown away."""
 
 
 class ReplicaEngine:
@@ -58,15 +70,19 @@ class ReplicaEngine:
         """Slot -> sequence, from admission until its blocks are released."""
         self.table_changes: dict[int, list[int]] = {}
         self.dropped_slots: list[int] = []
-        self.in_flight: deque[_InFlight] = deque()
+        self.in_flight: deque[InFlight] = deque()
         self.static_size = 0
         self.static_longest = 0
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self.prompt_tokens = 0
         self.output_tokens = 0
-        self.late_tokens = 0
-        """Tokens computed for rows that had already ended (speculation)."""
+        self.late_rows = 0
+        """Of the batch that was done last: decode rows that had already ended (speculation)."""
+        self.short_of_kv = False
+        """A request waits for blocks (as the batch composed last found)."""
+        self.newly_preempted: list[str] = []
+        """Request ids since the brain last looked."""
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._waiting_count = 0
@@ -112,6 +128,10 @@ class ReplicaEngine:
         """Sequences that hold a slot and have not ended."""
         return sum(s.state is not State.DONE and s.state is not State.PREEMPTED for s in self.active.values())
 
+    def has_work(self) -> bool:
+        """Some sequence has not ended."""
+        return self._waiting_count > 0 or self.running_rows() > 0
+
     def limbo_size(self) -> int:
         """Ended sequences whose last batch is still in flight."""
         return len(self._limbo)
@@ -152,6 +172,7 @@ class ReplicaEngine:
         # Rows that decode will soon ask for blocks; leave them a few, or the newcomer is preempted at once.
         margin = 1 + self.running_rows() // 8 if self.active and not reserve else 0
         if need + margin + self.pool.cached_among(hits) > self.pool.available:
+            self.short_of_kv = True
             return Hold(self.index, "kv_blocks", None)
         heapq.heappop(self._waiting)
         self._count_waiting(seq, -1)
@@ -234,6 +255,7 @@ class ReplicaEngine:
         if len(self.in_flight) >= self.config.depth:
             return None
         build = BatchBuilder(self)
+        self.short_of_kv = False
         hold = self.policy.compose(self, build, now)
         if not build:
             if hold is None and any(s.state is State.PREEMPTED for _, _, s in self._limbo):
@@ -243,7 +265,8 @@ class ReplicaEngine:
         self._next_batch += 1
         batch, rows = build.finish(batch_id, self.config.epoch)
         stepped = build.group if batch.step else None
-        self.in_flight.append(_InFlight(batch_id, stepped, rows, build.capped, batch.shape))
+        made_of = MakeUp(batch.shape, build.recompute_tokens)
+        self.in_flight.append(InFlight(batch_id, stepped, rows, build.capped, batch.shape, made_of))
         return IssueBatch(self.index, batch)
 
     def batch_done(self, result: BatchResult) -> list[Answer]:
@@ -251,6 +274,7 @@ class ReplicaEngine:
         record = self.in_flight.popleft()
         assert record.batch_id == result.batch_id, f"batch {result.batch_id} done, expected {record.batch_id}"
         self._completed = record.batch_id
+        self.late_rows = record.late
         if record.group is not None:
             record.group.in_flight -= 1
         for slot, entries in result.prompt_logprobs.items():
@@ -272,6 +296,10 @@ class ReplicaEngine:
                 heapq.heapify(self._waiting)
             return
         preempted = seq.state is State.PREEMPTED
+        group = seq.group
+        if group is not None:
+            for record in self.in_flight:
+                record.late += record.group is group and record.step > seq.join_step
         self._withdraw(seq)
         seq.state = State.DONE
         if not preempted:  # else it is in limbo already
@@ -303,12 +331,11 @@ class ReplicaEngine:
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
-    def _with_tokens(self, record: _InFlight, result: BatchResult) -> list[Answer]:
+    def _with_tokens(self, record: InFlight, result: BatchResult) -> list[Answer]:
         assert result.tokens is not None
         answers = []
         for i, seq in enumerate(record.rows):
             if seq.state is State.DONE:
-                self.late_tokens += 1
                 continue
             token = result.tokens[i]
             request = seq.request
@@ -347,7 +374,7 @@ class ReplicaEngine:
                 self.end(seq)
         return answers
 
-    def _lengths_only(self, record: _InFlight, result: BatchResult) -> list[Answer]:
+    def _lengths_only(self, record: InFlight, result: BatchResult) -> list[Answer]:
         answers = []
         for slot, count in result.ended:
             seq = self.active[slot]
@@ -391,6 +418,7 @@ class ReplicaEngine:
 
     def _preempt(self, seq: Sequence) -> None:
         self.preemptions += 1
+        self.newly_preempted.append(seq.request.request_id)
         seq.preempted += 1
         self._withdraw(seq)
         seq.state = State.PREEMPTED
@@ -418,6 +446,8 @@ class ReplicaEngine:
 
     def requeue(self, seq: Sequence) -> None:
         """Queue a sequence again; what it emitted is forced on replay, never sampled again."""
+        computed = seq.length - 1 if seq.computed >= seq.target else seq.computed
+        seq.redo = max(seq.redo, computed)
         seq.blocks, seq.slot, seq.published, seq.computed = [], -1, 0, 0
         seq.group = None
         seq.length = len(seq.tokens) if seq.tokens is not None else seq.length

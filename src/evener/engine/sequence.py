@@ -30,7 +30,7 @@ class Sequence:
 
     __slots__ = (
         "arrival", "blocks", "cached", "computed", "emitted", "first_answer", "group", "join_length", "join_step",
-        "keys", "last_batch", "length", "order", "preempted", "prompt_logprobs", "published", "request", "slot",
+        "keys", "last_batch", "length", "order", "preempted", "prompt_logprobs", "published", "redo", "request", "slot",
         "state", "target", "tokens", "told",
     )  # fmt: skip
 
@@ -58,6 +58,8 @@ class Sequence:
         self.join_length = 0
         self.last_batch = -1
         self.preempted = 0
+        self.redo = 0
+        """Tokens whose KV was computed once and lost: computing them again is a loss, not progress."""
         self.prompt_logprobs: list[TokenLogprobs] = []
 
     @property
