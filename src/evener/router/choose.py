@@ -146,9 +146,10 @@ def predict(prompt_len: int, output_tokens: float, load: ReplicaLoad, costs: Cos
 
     output = max(1.0, output_tokens)
     rows = ceil(max(1.0, min(load.rows + 1, load.max_rows, 1 + load.decode_tokens_left / output)))
-    keys = (load.context_tokens + prompt_len + output / 2) / (load.rows + 1)
+    # Whole keys per row: rounded for each batch by itself, more work there could seem to delay others less.
+    keys = ceil((load.context_tokens + prompt_len + output / 2) / (load.rows + 1))
     step, longer = (
-        costs.latency_ns(load.replica, BatchShape(decode_rows=n, decode_context=ceil(n * keys), sampled_rows=n))
+        costs.latency_ns(load.replica, BatchShape(decode_rows=n, decode_context=n * keys, sampled_rows=n))
         for n in (rows, rows + 1)
     )
 
