@@ -158,7 +158,7 @@ def test_a_control_process_that_goes_ends_the_replica() -> None:
     rendezvous = Rendezvous()
     closed = in_threads(2, lambda r: TorchGroup(join(rendezvous, f"cpu:{r}", 60), "stage", names(2)))
     rendezvous.close()
-    with pytest.raises(WorkerLost, match=r"the replica was closed|its rendezvous is gone"):
+    with pytest.raises(WorkerLost, match="the replica was closed"):
         closed[0].all_reduce(torch.ones(3))
 
 

@@ -1,5 +1,6 @@
 """How the ranks of one replica find each other across hosts, and how they learn that one of them is lost."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -17,6 +18,11 @@ DEADLINE = Seconds(60.0)
 _SLICE = timedelta(seconds=0.1)
 """How often a wait looks whether the world was aborted."""
 _ABORT = "abort"
+_WATCHES = "watches"
+_TOLD = "told"
+"""Watches that were opened, and those that have read the reason of an abort."""
+_FAREWELL = Seconds(0.5)
+"""How long a closing rendezvous waits until every watch has read the reason; a dead rank never does."""
 
 _c10d: Any = dist  # bindings without type stubs
 
@@ -24,6 +30,7 @@ _c10d: Any = dist  # bindings without type stubs
 class _Store(Protocol):
     def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
     def get(self, key: str, /) -> bytes: ...
+    def add(self, key: str, count: int, /) -> int: ...
     def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
     def clone(self) -> "_Store": ...
 
@@ -37,12 +44,6 @@ class Backend(Protocol):
         self, out: torch.Tensor, t: torch.Tensor, out_splits: list[int], splits: list[int], /
     ) -> dist.Work: ...
     def _allgather_base(self, out: torch.Tensor, t: torch.Tensor, /) -> dist.Work: ...
-
-
-DEADLINE = Seconds(60.0)
-_SLICE = timedelta(seconds=0.1)
-"""How often a wait looks whether the world was aborted."""
-_ABORT = "abort"
 
 
 class Rendezvous:
@@ -72,7 +73,10 @@ class Rendezvous:
         """Stop listening; ranks still joined raise WorkerLost. Idempotent."""
         if self._store is not None:
             self.abort("control process", "the replica was closed")
-            self._store.get(_ABORT)  # a round trip more, so that the ranks' watches are answered before it ends
+            # A watch wakes first and asks for the reason then: the store must outlive its question.
+            end = time.monotonic() + _FAREWELL
+            while self._store.add(_TOLD, 0) < self._store.add(_WATCHES, 0) and time.monotonic() < end:
+                time.sleep(0.001)
         self._store = None
 
 
@@ -107,6 +111,7 @@ class TorchWorld:
             self._store: _Store = _c10d.TCPStore(
                 host, port, is_master=False, timeout=timedelta(seconds=deadline), wait_for_workers=False
             )
+            self._store.add(_WATCHES, 1)
         except RuntimeError as e:
             raise WorkerLost(f"{host}:{port}", f"the rendezvous does not answer: {_first_line(e)}") from None
         # A blocked wait holds its connection, so the watch has one of its own.
@@ -178,12 +183,14 @@ class TorchWorld:
                 store.wait([_ABORT], timedelta(hours=1))
                 device, _, reason = store.get(_ABORT).decode().partition("\n")
                 self._lost = WorkerLost(device, reason)
-                return
             except dist.DistStoreError:
                 continue  # an hour without an abort
             except RuntimeError as e:
                 self._lost = WorkerLost("control process", f"its rendezvous is gone: {_first_line(e)}")
                 return
+            with contextlib.suppress(RuntimeError):  # it closes meanwhile: the reason is known
+                store.add(_TOLD, 1)
+            return
 
     def connect(self, name: str, devices: Sequence[str]) -> Backend:
         """A process group of `devices`, in this order, which all call this with the same arguments.
