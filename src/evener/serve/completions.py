@@ -1,8 +1,7 @@
 """POST /v1/completions: OpenAI's text completions."""
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Annotated
 
 import msgspec
@@ -13,22 +12,14 @@ from starlette.responses import Response
 
 from evener.engine.batch import TokenLogprobs
 from evener.errors import InvalidRequest
+from evener.serve.answer import Writer, accept
 from evener.serve.detokenize import Detokenizer
-from evener.serve.errors import json_response
-from evener.serve.fields import read_json, shown, to_record
+from evener.serve.fields import read_json, shown
 from evener.serve.front import Front
 from evener.serve.generation import Delta, Generation, TokenText
-from evener.serve.params import (
-    MAX_TOKENS,
-    GenerationFields,
-    check_length,
-    check_model,
-    check_tokens,
-    check_top_logprobs,
-)
-from evener.serve.sse import CLIENT_LEFT, DONE, ClientLeft, EventStream, begin, event, until_left
+from evener.serve.params import MAX_TOKENS, GenerationFields, check_length, check_tokens, check_top_logprobs
 from evener.serve.vocabulary import Vocabulary
-from evener.serve.wire import Usage, declare, new_id, usage
+from evener.serve.wire import Usage, declare, new_id
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -87,9 +78,7 @@ def router(front: Front) -> APIRouter:
     async def complete(request: HttpRequest) -> Response:
         """Continue a prompt, or several."""
         arrived = time.perf_counter()
-        body = to_record(await read_json(request, front.config.max_body_bytes), CompletionRequest)
-        check_model(body.model, front.config.served_model_names)
-        body.check(front.engine.model.vocab)
+        body = accept(front, await read_json(request, front.config.max_body_bytes), CompletionRequest)
         if body.logprobs is not None:
             check_top_logprobs(body.logprobs, front.engine.max_top_logprobs, "logprobs")
         if body.max_tokens == 0 and not body.echo:
@@ -104,14 +93,7 @@ def router(front: Front) -> APIRouter:
         )
         generation = Generation(front.engine, front.metrics, choices, arrived)
         echoes = [_Echo(front.vocabulary, t, p) for t, p in zip(texts, prompts, strict=True)] if body.echo else None
-        writer = _Writer(front, body, request_id, generation, echoes)
-        try:
-            if not body.stream:
-                return json_response(await until_left(request.receive, writer.whole()))
-            source = generation.deltas()
-            return EventStream(writer.frames(await begin(request.receive, source)), source)
-        except ClientLeft:
-            return Response(status_code=CLIENT_LEFT)
+        return await _CompletionWriter(front, body, request_id, generation, echoes).respond(request)
 
     return routes
 
@@ -159,8 +141,8 @@ class _Echo:
             detokenizer.feed(token)
 
 
-class _Writer:
-    """Makes the wire format from deltas."""
+class _CompletionWriter(Writer[CompletionRequest, CompletionChoice]):
+    """The wire format of completions; the chunks of a stream look like the whole answer."""
 
     def __init__(
         self,
@@ -170,52 +152,30 @@ class _Writer:
         generation: Generation,
         echoes: list[_Echo] | None,
     ) -> None:
-        self._front = front
-        self._body = body
-        self._id = request_id
-        self._generation = generation
+        super().__init__(front, body, request_id, generation)
         self._echoes = echoes
         self._begun: set[int] = set()
-        self._created = int(time.time())
 
     async def whole(self) -> Completion:
-        """The complete answer, choices in order."""
-        parts: dict[int, list[CompletionChoice]] = {c.index: [] for c in self._generation.choices}
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for delta in deltas:
-                parts[delta.choice].append(self._choice(delta))
         choices = []
-        for index, pieces in parts.items():
+        for index, deltas in (await self.collected()).items():
+            pieces = [self._choice(d) for d in deltas]
             text = "".join(p.text for p in pieces)
             logprobs = _joined([p.logprobs for p in pieces if p.logprobs])
-            if logprobs is None and self._body.logprobs is not None:
+            if logprobs is None and self.body.logprobs is not None:
                 logprobs = CompletionLogprobs([], [], [], [])
             choices.append(CompletionChoice(index, text, logprobs, pieces[-1].finish_reason, pieces[-1].stop_reason))
-        return self._completion(choices, self._usage())
+        return self.chunk(choices, self.usage())
 
-    async def frames(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
-        """The events of a stream."""
-        options = self._body.stream_options
-        include = options is not None and options.include_usage
-        running = options is not None and options.continuous_usage_stats
-        async with aclosing(deltas):
-            async for delta in deltas:
-                so_far = self._usage() if running else None if include else UNSET
-                yield event(self._completion([self._choice(delta)], so_far))
-        if include:
-            yield event(self._completion([], self._usage()))
-        yield DONE
+    def parts(self, delta: Delta) -> Iterator[CompletionChoice]:
+        yield self._choice(delta)
 
-    def _usage(self) -> Usage:
-        return usage(self._generation.choices, self._body.n)
-
-    def _completion(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
-        name = self._body.model or self._front.config.served_model_names[0]
-        return Completion(self._id, self._created, name, self._front.fingerprint, choices, usage)
+    def chunk(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
+        return Completion(self.request_id, self.created, self.model, self.front.fingerprint, choices, usage)
 
     def _choice(self, delta: Delta) -> CompletionChoice:
-        wanted = self._body.logprobs
-        echo = self._echoes[delta.choice // self._body.n] if self._echoes is not None else None
+        wanted = self.body.logprobs
+        echo = self._echoes[delta.choice // self.body.n] if self._echoes is not None else None
         text, logprobs = delta.text, None
         if wanted is not None and delta.tokens:
             shift = len(echo.text) if echo is not None else 0
@@ -226,12 +186,12 @@ class _Writer:
             if wanted is not None:
                 entries = zip(echo.offsets[1:], delta.prompt_logprobs or [], strict=True)
                 prompt = self._logprobs([TokenText(at, entry) for at, entry in entries], 0, wanted)
-                first = CompletionLogprobs([self._front.vocabulary.label(echo.tokens[0])], [None], [None], [0])
+                first = CompletionLogprobs([self.front.vocabulary.label(echo.tokens[0])], [None], [None], [0])
                 logprobs = _joined([first, prompt, *([logprobs] if logprobs else [])])
         return CompletionChoice(delta.choice, text, logprobs, delta.finish, delta.stop_reason)
 
     def _logprobs(self, tokens: list[TokenText], shift: int, wanted: int) -> CompletionLogprobs:
-        label = self._front.vocabulary.label
+        label = self.front.vocabulary.label
 
         def top(entry: TokenLogprobs) -> dict[str, float]:
             """The alternatives, and the chosen token even where it is not among them; likelier ones win a label."""

@@ -6,10 +6,10 @@ from fastapi import APIRouter, Request
 from msgspec import Meta, Struct
 from starlette.responses import Response
 
-from evener.serve.chat import Message, chat_prompt, check_messages
 from evener.serve.errors import json_response
 from evener.serve.fields import read_json, to_record
 from evener.serve.front import Front
+from evener.serve.messages import Message, chat_prompt, check_messages
 from evener.serve.params import check_model, check_tokens
 from evener.serve.wire import declare
 
