@@ -16,20 +16,23 @@ from typing import Annotated, Any, TypeVar, cast
 import msgspec
 from msgspec import Meta, Struct
 
-from evener.api import make_options, prepare, start_engine
+from evener.api import Prepared, make_options, prepare, start_engine
 from evener.engine.batch import TokenLogprobs
-from evener.errors import ContextTooLong, InvalidRequest, Unavailable
+from evener.errors import ContextTooLong, InvalidInput, InvalidRequest, Unavailable
 from evener.execute.live.engine import LiveEngine
 from evener.serve.front import Front, FrontConfig
 from evener.serve.generation import Choice, Generation
-from evener.serve.params import GenerationFields, check_tokens
+from evener.serve.params import SamplingFields, check_tokens
 
 T = TypeVar("T")
 Prompt = str | list[int]
 
 
-class SamplingParams(GenerationFields, kw_only=True):
-    """How to generate; the fields and ranges of the HTTP API."""
+class SamplingParams(SamplingFields, kw_only=True):
+    """How to generate; the sampling fields and ranges of the HTTP API.
+
+    What only a request over HTTP can mean (model, stream, user ...) is no field: naming one is a TypeError.
+    """
 
     max_tokens: Annotated[int, Meta(ge=1)] | None = 16
     """None: the rest of the context."""
@@ -67,10 +70,16 @@ class LLM:
     Thread-safe. Close it, or use it as a context manager: workers end with it, and with this process in any case.
     """
 
-    def __init__(self, model: str | None = None, **options: Any) -> None:
-        """Start the workers. Raises InvalidInput before anything starts, StartFailed when one does not come up."""
-        # Offline everything may wait; a limit would refuse what the caller has already handed over.
-        prepared = prepare(make_options(model=model, **{"max_queue": 1 << 30, **options}))
+    def __init__(self, model: str | None = None, *, prepared: Prepared | None = None, **options: Any) -> None:
+        """Start the workers. Raises InvalidInput before anything starts, StartFailed when one does not come up.
+
+        `prepared`: what `evener.api.prepare` made, instead of a model and options.
+        """
+        if prepared is None:
+            # Offline everything may wait; a limit would refuse what the caller has already handed over.
+            prepared = prepare(make_options(model=model, **{"max_queue": 1 << 30, **options}))
+        elif model is not None or options:
+            raise InvalidInput("prepared says model and options itself; leave out the others")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="evener", daemon=True)
         self._thread.start()
@@ -104,13 +113,11 @@ class LLM:
     def chat(
         self, messages: list[dict[str, Any]], sampling_params: SamplingParams | None = None, **template: Any
     ) -> RequestOutput:
-        """Answer one conversation through the model's chat template."""
-        options = {"add_generation_prompt": True, **template}
-        text = self._front.render_chat(messages, options)
-        tokens = self._front.vocabulary.encode(text, False)
-        [out] = self.generate([tokens], sampling_params)
-        out.prompt = text
-        return out
+        """Answer one conversation through the model's chat template; `template` are further variables of it.
+
+        Raises InvalidRequest or ContextTooLong naming the value and its limit.
+        """
+        return self._run(self._chat(messages, sampling_params or SamplingParams(), template))
 
     def close(self) -> None:
         """Stop the workers; idempotent."""
@@ -125,6 +132,15 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    async def _chat(
+        self, messages: list[dict[str, Any]], params: SamplingParams, template: dict[str, Any]
+    ) -> RequestOutput:
+        text = self._front.render_chat(messages, {"add_generation_prompt": True, **template})
+        tokens = await self._front.encode(text, False, "messages")
+        [out] = await self._generate([tokens], [params])
+        out.prompt = text
+        return out
 
     async def _generate(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[RequestOutput]:
         made = [await self._prepare(p, q) for p, q in zip(prompts, params, strict=True)]

@@ -16,7 +16,7 @@ from evener.execute.base import Engine
 from evener.serve.detokenize import Detokenizer
 from evener.serve.generation import Choice
 from evener.serve.metrics import Metrics
-from evener.serve.params import GenerationFields, check_text_length
+from evener.serve.params import SamplingFields, check_text_length
 from evener.serve.vocabulary import Tokenizer, Vocabulary
 
 VERSION = version("evener")
@@ -90,7 +90,7 @@ class Front:
         request_id: str,
         prompts: list[list[int]],
         max_tokens: list[int],
-        fields: GenerationFields,
+        fields: SamplingFields,
         *,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,

@@ -33,11 +33,9 @@ class ResponseFormat(Struct, frozen=True):
     type: str
 
 
-class GenerationFields(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Fields of /v1/completions and /v1/chat/completions alike. Ranges as in vLLM."""
+class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
+    """How to generate, online and offline alike. Ranges as in vLLM."""
 
-    model: str | None = None
-    """A served name; absent: the first of them."""
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=-1)] = 0
@@ -54,18 +52,8 @@ class GenerationFields(Struct, kw_only=True, forbid_unknown_fields=True):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
     """Lower runs earlier."""
-    response_format: ResponseFormat | None = None
-    # Accepted without effect, as nothing here would do anything with them: no accounts, no storage, no abuse
-    # monitor; prefixes are reused whoever sends them.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings. Raises InvalidRequest for an empty one, which would stop everything."""
@@ -80,15 +68,6 @@ class GenerationFields(Struct, kw_only=True, forbid_unknown_fields=True):
         check_tokens(self.stop_token_ids, vocab, "stop_token_ids")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             raise InvalidRequest(f"seed={shown(self.seed)} is not a 64-bit integer (-2**63 to 2**64 - 1)", "seed")
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest(
-                "stream_options needs stream=true; set it or leave stream_options out", "stream_options"
-            )
-        if self.response_format is not None and self.response_format.type != "text":
-            raise UnsupportedParameter(
-                f"response_format.type={shown(self.response_format.type)} is not supported by this server; use 'text'",
-                "response_format",
-            )
 
     def sampling(self, choice: int, seed: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         """The engine's parameters for one of the n choices."""
@@ -109,6 +88,36 @@ class GenerationFields(Struct, kw_only=True, forbid_unknown_fields=True):
     def drawn_seed(self) -> int:
         """The client's seed as 64 unsigned bits, or a fresh one."""
         return secrets.randbits(64) if self.seed is None else self.seed % 2**64
+
+
+class GenerationFields(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+    """Fields of /v1/completions and /v1/chat/completions alike."""
+
+    model: str | None = None
+    """A served name; absent: the first of them."""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    # Accepted without effect, as nothing here would do anything with them: no accounts, no storage, no abuse
+    # monitor; prefixes are reused whoever sends them.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    def check(self, vocab: int) -> None:
+        """What types and ranges alone do not tell. `vocab` is the model's vocabulary size."""
+        super().check(vocab)
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest(
+                "stream_options needs stream=true; set it or leave stream_options out", "stream_options"
+            )
+        if self.response_format is not None and self.response_format.type != "text":
+            raise UnsupportedParameter(
+                f"response_format.type={shown(self.response_format.type)} is not supported by this server; use 'text'",
+                "response_format",
+            )
 
 
 def check_tokens(tokens: list[int], vocab: int, param: str) -> None:
