@@ -10,12 +10,13 @@ prefill, and the bytes of K and V it reads in decode. Everything that depends on
 tables when the model is made, so that a prediction is a few look-ups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evener.cost.base import BatchShape
+from evener.cost.base import BatchShape, DecodeRun, ShardTime
 from evener.cost.rates import DeviceProfile, Floats, Profile
 from evener.errors import InvalidInput
 from evener.spec.cluster import Link
@@ -24,7 +25,7 @@ from evener.spec.plan import Plan, Replica, Shard, Stage, size
 from evener.units import Nanoseconds
 
 ACTIVATION_BYTES = 4
-"""Activations and collectives are fp32."""
+"""Activations and collectives are fp32, but for GPUs that compute in 16 or 8 bits: theirs take two bytes."""
 CANDIDATE_BYTES = 16
 """What a rank sends per sampled row when the head is split: value, index, logsumexp."""
 ATTENTION_OPS, FFN_OPS, EMBED_OPS, HEAD_OPS, CHUNK_OPS = 5, 4, 2, 4, 4
@@ -44,13 +45,15 @@ class DeviceCosts:
                 raise InvalidInput(f"{what}={given!r} is not one of {', '.join(DTYPE_BYTES)}")
         self.model, self.dtype, self.rates = model, dtype, device.rates(alone)
         self.stretch = device.stretch(alone)
+        self.sharers = 1 if alone else device.sharers
         self.kv_bytes = DTYPE_BYTES[kv_dtype]
+        self.activation_bytes = 2 if device.kind == "cuda" and dtype != "fp32" else ACTIVATION_BYTES
 
     def _phase(self, rows: NDArray[np.int64], weights: int, values_per_row: int, ops: int) -> Floats:
         """GEMMs over `weights` elements, elementwise traffic of `values_per_row`, and `ops` operator starts."""
         if weights == 0:
             return _none(rows)
-        elementwise = rows * (values_per_row * ACTIVATION_BYTES / self.rates.read_bandwidth * 1e9)
+        elementwise = rows * (values_per_row * self.activation_bytes / self.rates.read_bandwidth * 1e9)
         time = self.rates.gemm_ns(self.dtype, rows) * weights + elementwise + ops * self.rates.op_ns
         out: Floats = np.where(rows > 0, time * self.stretch, 0.0)
         return out
@@ -77,7 +80,7 @@ class DeviceCosts:
         """Looking rows up: bytes only."""
         if vocabulary == 0:
             return _none(rows)
-        copied = rows * (2 * self.model.hidden * ACTIVATION_BYTES / self.rates.read_bandwidth * 1e9)
+        copied = rows * (2 * self.model.hidden * self.activation_bytes / self.rates.read_bandwidth * 1e9)
         out: Floats = np.where(rows > 0, (copied + EMBED_OPS * self.rates.op_ns) * self.stretch, 0.0)
         return out
 
@@ -105,10 +108,25 @@ def _at(table: list[int], n: int) -> int:
     return table[n] if n <= last else table[last] * n // last
 
 
+class _Own(NamedTuple):
+    """What one shard computes by itself, over all layers of its stage."""
+
+    attention: list[int]
+    pair_ns: float
+    key_ns: float
+    by_rows: list[int]
+    """FFN and embedding."""
+    by_sampled: list[int]
+    chunk_ns: int
+    sharers: int
+
+
 class _StageTables:
     """All that one stage costs, over all its layers, by counts."""
 
-    __slots__ = ("by_rows", "by_sampled", "chunk_ns", "pipe_delay_ns", "shards")
+    __slots__ = (
+        "by_rows", "by_sampled", "chunk_ns", "host_ns", "moving_rows", "moving_sampled", "own", "pipe_delay_ns", "shards",
+    )  # fmt: skip
 
     def __init__(
         self, stage: Stage, costs: list[DeviceCosts], profile: Profile, links: list[Link], pipe: list[Link], *,
@@ -121,28 +139,39 @@ class _StageTables:
             time = profile.collective_ns(ranks, nbytes.astype(np.float64))
             return time + np.where(nbytes > 0, _links_ns(links, nbytes), 0.0) if ranks > 1 else time
 
-        activations = rows * model.hidden * ACTIVATION_BYTES
-        per_layer = _slowest([c.ffn_rows(rows, size(sh.ffn)) for c, sh in zip(costs, stage.shards, strict=True)])
-        per_layer = per_layer + 2 * collective(activations)
-        whole = layers * per_layer + np.where(rows > 0, float(profile.host_ns), 0.0)
+        activations = rows * model.hidden * costs[0].activation_bytes
+        ffn = [layers * c.ffn_rows(rows, size(sh.ffn)) for c, sh in zip(costs, stage.shards, strict=True)]
+        moving = 2 * layers * collective(activations)
+        whole = _slowest(ffn) + np.where(rows > 0, float(profile.host_ns), 0.0)
         if first:
             embed = [c.embed_rows(rows, size(sh.embed_rows)) for c, sh in zip(costs, stage.shards, strict=True)]
-            whole = whole + _slowest(embed) + collective(activations)
+            whole = whole + _slowest(embed)
+            ffn = [a + b for a, b in zip(ffn, embed, strict=True)]
+            moving = moving + collective(activations)
         if not last:
             send = profile.collective_ns(2, activations.astype(np.float64))
-            whole = whole + send + _links_ns([_no_delay(link) for link in pipe], activations)
-        self.by_rows = _table(whole)
-        self.by_sampled = [0] * (MAX_ROWS + 1)
+            moving = moving + send + _links_ns([_no_delay(link) for link in pipe], activations)
+        self.host_ns = profile.host_ns
+        self.by_rows = _table(whole + moving)
+        self.moving_rows = _table(moving)
+        """Of `by_rows`: collectives and sending."""
+        self.by_sampled = self.moving_sampled = [0] * (MAX_ROWS + 1)
+        head = [_none(rows)] * ranks
         if last:
             head = [c.head_rows(rows, size(sh.head_rows)) for c, sh in zip(costs, stage.shards, strict=True)]
-            self.by_sampled = _table(_slowest(head) + collective(rows * CANDIDATE_BYTES))
+            choice = collective(rows * CANDIDATE_BYTES)
+            self.by_sampled, self.moving_sampled = _table(_slowest(head) + choice), _table(choice)
         self.shards: list[tuple[list[int], float, float]] = []
         """Per shard: attention block by rows, nanoseconds per pair, nanoseconds per key; over all layers."""
-        for cost, sh in zip(costs, stage.shards, strict=True):
+        self.own: list[_Own] = []
+        for cost, sh, of_rows, of_sampled in zip(costs, stage.shards, ffn, head, strict=True):
             heads, kv = size(sh.heads), size(sh.kv_heads(model))
+            block = _table(layers * cost.attention_rows(rows, heads, kv))
+            attention = (block, layers * cost.pair_ns(heads), layers * cost.key_ns(heads, kv))
             if heads or not self.shards:
-                block = _table(layers * cost.attention_rows(rows, heads, kv))
-                self.shards.append((block, layers * cost.pair_ns(heads), layers * cost.key_ns(heads, kv)))
+                self.shards.append(attention)
+            chunk_ns = round(CHUNK_OPS * cost.rates.op_ns * cost.stretch)
+            self.own.append(_Own(*attention, _table(of_rows), _table(of_sampled), chunk_ns, cost.sharers))
         self.chunk_ns = max(round(CHUNK_OPS * c.rates.op_ns * c.stretch) for c in costs)
         self.pipe_delay_ns = 0 if last else round(max((link.delay for link in pipe), default=0.0) * 1e9)
 
@@ -166,19 +195,53 @@ class RooflineCostModel:
     def __init__(
         self, model: ModelSpec, plan: Plan, profile: Profile, version: int = 0, *, dtype: str = "fp32",
         kv_dtype: str = "fp32", links: Sequence[Link] = (), measured_error: float | None = None,
+        costs_of: Callable[..., DeviceCosts] = DeviceCosts,
     ) -> None:  # fmt: skip
+        """`costs_of` makes the phases' times of one device, called like DeviceCosts: where they come from elsewhere."""
         self.version = version
         self._error = measured_error
         alone = len(plan.devices()) == 1
         costs = {
-            name: DeviceCosts(profile.device(name), model, alone=alone, dtype=dtype, kv_dtype=kv_dtype)
+            name: costs_of(profile.device(name), model, alone=alone, dtype=dtype, kv_dtype=kv_dtype)
             for name in plan.devices()
         }
-        self._replicas = [_replica_tables(replica, costs, profile, links) for replica in plan.replicas]
+        shared: dict[Any, _StageTables] = {}
+        self._replicas = [_replica_tables(replica, costs, profile, links, shared) for replica in plan.replicas]
 
     def stage_ns(self, replica: int, stage: int, shape: BatchShape) -> Nanoseconds:
         """Time the slowest shard of the stage is busy with the batch, collectives included."""
         return Nanoseconds(_stage_ns(self._replicas[replica][stage], shape))
+
+    def shards_ns(self, replica: int, stage: int, shape: BatchShape) -> Sequence[ShardTime]:
+        """How the time of the stage divides on each of its shards."""
+        return _shards_ns(self._replicas[replica][stage], shape)
+
+    def decode_run(self, replica: int, stage: int, rows: int, context: int, steps: int) -> DecodeRun:
+        """`shards_ns` of consecutive decode steps, all at once."""
+        st = self._replicas[replica][stage]
+        first = _shards_ns(st, BatchShape(decode_rows=rows, decode_context=context, sampled_rows=rows))[0]
+        # The same operations on the same doubles as in `_stage_ns`, so that no nanosecond differs.
+        keys = (context + rows * np.arange(steps)).astype(np.float64)
+        slowest = np.zeros(steps)
+        for table, _, key_ns in st.shards:
+            slowest = np.maximum(slowest, float(_at(table, rows)) + key_ns * keys)
+        attention = slowest.astype(np.int64)
+        busy = attention + (sum(first[1:]) - int(attention[0]))
+        slow = busy - first.transfer
+        shards = np.empty((len(st.own), 4, steps), dtype=np.int64)
+        for k, own in enumerate(st.own):
+            compute = slow
+            if len(st.own) > 1:
+                rest = _at(own.by_rows, rows) + _at(own.by_sampled, rows)
+                mine = (float(_at(own.attention, rows)) + own.key_ns * keys).astype(np.int64) + rest
+                compute = np.minimum(mine, slow)
+            contended = compute * (own.sharers - 1) // own.sharers
+            shards[k] = compute - contended, contended, slow - compute, np.full(steps, first.transfer)
+        return DecodeRun(first.host, busy, shards)
+
+    def delay_ns(self, replica: int, stage: int) -> Nanoseconds:
+        """Declared delay of the pipe out of a stage."""
+        return Nanoseconds(self._replicas[replica][stage].pipe_delay_ns)
 
     def batch_ns(self, replica: int, shape: BatchShape) -> Nanoseconds:
         """Time of the slowest stage: what a batch costs a full pipeline."""
@@ -196,8 +259,11 @@ class RooflineCostModel:
 
 
 def _replica_tables(
-    replica: Replica, costs: dict[str, DeviceCosts], profile: Profile, links: Sequence[Link]
-) -> list[_StageTables]:
+    replica: Replica, costs: dict[str, DeviceCosts], profile: Profile, links: Sequence[Link],
+    shared: dict[Any, _StageTables],
+) -> list[_StageTables]:  # fmt: skip
+    """`shared`: tables made so far; a thousand equal replicas need them once."""
+
     def between(here: tuple[Shard, ...], there: tuple[Shard, ...]) -> list[Link]:
         a, b = {sh.device for sh in here}, {sh.device for sh in there}
         return [x for x in links if (x.a in a and x.b in b) or (x.a in b and x.b in a)]
@@ -208,7 +274,14 @@ def _replica_tables(
         inside = between(stage.shards, stage.shards)
         onward = between(stage.shards, replica.stages[s + 1].shards) if s < last else []
         of_stage = [costs[sh.device] for sh in stage.shards]
-        out.append(_StageTables(stage, of_stage, profile, inside, onward, first=s == 0, last=s == last))
+        key = (
+            stage.layers, s == 0, s == last, tuple(inside), tuple(onward),
+            tuple((sh.heads, sh.ffn, sh.embed_rows, sh.head_rows) for sh in stage.shards),
+            tuple((id(c.rates), c.stretch, c.sharers) for c in of_stage),
+        )  # fmt: skip
+        if key not in shared:
+            shared[key] = _StageTables(stage, of_stage, profile, inside, onward, first=s == 0, last=s == last)
+        out.append(shared[key])
     return out
 
 
@@ -224,3 +297,25 @@ def _stage_ns(st: _StageTables, shape: BatchShape) -> int:
     fixed = st.by_rows[rows] if rows <= MAX_ROWS else _at(st.by_rows, rows)
     head = st.by_sampled[sampled] if sampled <= MAX_ROWS else _at(st.by_sampled, sampled)
     return fixed + int(attention) + head + shape.chunks * st.chunk_ns
+
+
+def _shards_ns(st: _StageTables, shape: BatchShape) -> list[ShardTime]:
+    whole = _stage_ns(st, shape)
+    rows = shape.prefill_tokens + shape.decode_rows + shape.pad_tokens
+    own = st.own
+    if not rows:
+        return [ShardTime(0, whole, 0, 0, 0)] * len(own)
+    sampled = shape.sampled_rows
+    host = min(st.host_ns, whole)
+    moving = min(_at(st.moving_rows, rows) + _at(st.moving_sampled, sampled), whole - host)
+    slow = whole - host - moving
+    out = []
+    for one in own:
+        compute = slow
+        if len(own) > 1:
+            attention = _at(one.attention, rows) + one.pair_ns * shape.prefill_pairs + one.key_ns * shape.decode_context
+            rest = _at(one.by_rows, rows) + _at(one.by_sampled, sampled) + shape.chunks * one.chunk_ns
+            compute = min(int(attention) + rest, slow)
+        contended = compute * (one.sharers - 1) // one.sharers
+        out.append(ShardTime(host, compute - contended, contended, slow - compute, moving))
+    return out
