@@ -125,7 +125,8 @@ class _StageTables:
     """All that one stage costs, over all its layers, by counts."""
 
     __slots__ = (
-        "by_rows", "by_sampled", "chunk_ns", "host_ns", "moving_rows", "moving_sampled", "own", "pipe_delay_ns", "shards",
+        "by_rows", "by_sampled", "chunk_ns", "host_ns", "moving_rows", "moving_sampled", "own", "pipe_delay_ns",
+        "shards",
     )  # fmt: skip
 
     def __init__(

@@ -53,9 +53,9 @@ class Segment(Struct, frozen=True, array_like=True):
 
 
 class Span(Struct, frozen=True, array_like=True):
-    """One batch (or `repeat` consecutive steps of one decode group) on one device.
+    """One batch (or `repeat` consecutive decode steps with the same rows) on one device.
 
-    `compute + contended + straggler + transfer + bubble <= ended - began`; the difference is unattributed.
+    `compute + contended + straggler + transfer + bubble + host <= ended - began`; the difference is unattributed.
     Spans of one device do not overlap and come in order.
     """
 
@@ -81,6 +81,9 @@ class Span(Struct, frozen=True, array_like=True):
     idle_contended: Nanoseconds = Nanoseconds(0)
     """Descheduled between the previous span's end and `began`: it was woken and got no core."""
     repeat: int = 1
+    """Steps that the span covers; `issued` and `done` are told once, for `batch_id`."""
+    host: Nanoseconds = Nanoseconds(0)
+    """Where `repeat` > 1: gaps between the steps, in which the next one was issued and not begun."""
     traffic: tuple[Traffic, ...] = ()
     segments: tuple[Segment, ...] = ()
     """Only while segments are recorded; they tile [began, ended)."""
