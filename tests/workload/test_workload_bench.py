@@ -145,7 +145,11 @@ def test_exit_code_when_nothing_completes(url: str, script: Script) -> None:
         (("--slo", "ttft=5"), "ttft=200ms"),
         (("--offline", "--prompts", "text"), "leave --prompts at ids"),
         (("--offline", "--no-ignore-eos"), "--no-ignore-eos"),
-        (("--devices", "cpu:0"), "need --offline"),
+        (("--devices", "cpu:0"), "--devices: a running server has its own"),
+        (("--max-num-seqs", "64"), "--max-num-seqs: a running server has its own"),  # its default, and yet said
+        (("--offline", "--url", "http://127.0.0.1:8000"), "--url: --offline asks no server"),
+        (("--offline", "--api-key", "x"), "--api-key: --offline asks no server"),
+        (("here", "-tp", "1", "--start-timeout", "9"), "MODEL, --tensor-parallel-size, --start-timeout: a running"),
         (("--offline", "here", "--model", "there"), "differ"),
         (("--offline", "--policy", "magic"), "magic"),
         (("--input-tokens", "4096", "--output-tokens", "1"), "4096 + 1 = 4097 tokens, the model's context is 4096"),
@@ -154,7 +158,7 @@ def test_exit_code_when_nothing_completes(url: str, script: Script) -> None:
 )
 def test_bad_options_say_what_and_why(url: str, script: Script, args: tuple[str, ...], message: str) -> None:
     with pytest.raises(EvenerError) as error:
-        run("--url", url, *args)
+        run(*(() if "--offline" in args else ("--url", url)), *args)
     assert message in error.value.message
     assert not script.bodies
 

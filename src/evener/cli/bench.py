@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from evener.api import EngineOptions
-from evener.cli.engine_options import with_engine_options
+from evener.cli.engine_options import said, with_engine_options
 from evener.errors import InvalidInput
 from evener.workload import drive
 from evener.workload.client import CompletionsClient, ask_served, open_session
@@ -30,6 +30,7 @@ from evener.workload.traffic import Traffic, check_fits, check_vocabulary, make_
 @with_engine_options
 def bench(
     options: EngineOptions,
+    ctx: typer.Context,
     url: Annotated[str, typer.Option(help="Server to load, without /v1.")] = "http://127.0.0.1:8000",
     served: Annotated[
         str | None, typer.Option("--model", help="Served model (default: the server's first); offline: path or id.")
@@ -84,8 +85,7 @@ def bench(
     )  # fmt: skip
     todo = make_requests(traffic)
     warm = make_warm_up(traffic, warm_up) if warm_up else []
-    if options != EngineOptions() and not offline:
-        raise InvalidInput("MODEL, --devices and the other options of an engine need --offline; leave them out")
+    _check_target(said(ctx), offline)
     if served is not None and options.model not in (None, served):
         raise InvalidInput(f"--model {served!r} and MODEL {options.model!r} differ; give one")
     options = structs.replace(options, model=options.model or served)
@@ -137,6 +137,16 @@ def bench(
         print_report(report)
     if interrupted or not report.completed:
         raise typer.Exit(130 if interrupted else 1)
+
+
+def _check_target(given: dict[str, str], offline: bool) -> None:
+    """Refuse what the chosen target would ignore. `given`: parameters -> as the user knows them."""
+    of_engines = [flag for name, flag in given.items() if name in EngineOptions.__struct_fields__]
+    of_servers = [flag for name, flag in given.items() if name in ("url", "api_key")]
+    if of_engines and not offline:
+        raise InvalidInput(f"{', '.join(of_engines)}: a running server has its own; leave out, or add --offline")
+    if of_servers and offline:
+        raise InvalidInput(f"{', '.join(of_servers)}: --offline asks no server; leave out one or the other")
 
 
 @contextmanager

@@ -71,7 +71,11 @@ def _all(
 def with_engine_options(command: Callable[..., R]) -> Callable[..., R]:
     """Give a command the engine options; it receives them as `options: EngineOptions`, its first argument."""
     shared = inspect.signature(_all).parameters
-    own = [p for name, p in inspect.signature(command).parameters.items() if name != "options"]
+    own = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, p in inspect.signature(command).parameters.items()
+        if name != "options"
+    ]
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> R:
@@ -82,3 +86,14 @@ def with_engine_options(command: Callable[..., R]) -> Callable[..., R]:
     wrapper.__signature__ = inspect.Signature([*shared.values(), *own])  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in [*shared.values(), *own]}
     return wrapper
+
+
+def said(ctx: typer.Context) -> dict[str, str]:
+    """What the command line gives, be it with its default value: name of the parameter -> as the user knows it."""
+    found = {}
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if parameter.name is not None and source is not None and source.name == "COMMANDLINE":
+            option = parameter.param_type_name == "option"
+            found[parameter.name] = max(parameter.opts, key=len) if option else parameter.name.upper()
+    return found
