@@ -220,7 +220,7 @@ def test_cancelled_requests_do_not_pile_up_behind_a_queue() -> None:
         now += 1
         brain.step(Arrived(Request(f"c{k}", 100, 100)), Nanoseconds(now))
         brain.step(Cancelled(f"c{k}"), Nanoseconds(now))
-    assert len(brain.replicas[0]._waiting) < 200 and brain.unfinished == 40
+    assert len(brain.replicas[0].waiting) < 200 and brain.unfinished == 40
 
 
 def test_a_small_replica_takes_over_what_fits_it() -> None:

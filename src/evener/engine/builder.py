@@ -72,20 +72,14 @@ class BatchBuilder:
             if seq in group.pending and replica.extend(seq, seq.length):
                 group.pending.remove(seq)
                 group.join(seq)
-        for seq in group.due():
-            if seq.group is not group:  # preempted on behalf of an earlier row
-                continue
-            if not replica.extend(seq, seq.current_length()):
-                if seq.group is group:
+        short = group.short_rows()
+        if short and not replica.extend_all(short):
+            for seq in sorted(short, key=lambda s: s.order):
+                # It may have been preempted on behalf of an earlier row.
+                if seq.group is group and not replica.extend(seq, seq.current_length()) and seq.group is group:
                     group.remove(seq)
                     group.pending.append(seq)
-                continue
-            if seq.output_length + 1 >= seq.request.max_tokens:
-                self.capped.append(seq)
-            else:
-                group.watch(seq)
-        # Preemption on behalf of a later row may have taken out one marked earlier.
-        self.capped = [s for s in self.capped if s.group is group]
+        self.capped = group.last_tokens()
         self.decode_rows = len(group.rows)
         self.decode_context = group.context
 

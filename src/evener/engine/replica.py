@@ -16,6 +16,7 @@ from evener.engine.events import Answer, Hold, IssueBatch
 from evener.engine.kv import BlockPool
 from evener.engine.policy import Policy
 from evener.engine.sequence import DecodeGroup, Sequence, State
+from evener.engine.waiting import WaitingQueue
 from evener.ledger.spans import MakeUp
 from evener.units import Nanoseconds
 
@@ -83,15 +84,9 @@ class ReplicaEngine:
         """A request waits for blocks (as the batch composed last found)."""
         self.newly_preempted: list[str] = []
         """Request ids since the brain last looked."""
+        self.waiting = WaitingQueue()
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
-        self._waiting_count = 0
-        self.waiting_tokens = 0
-        """Known tokens of waiting sequences."""
-        self.waiting_pairs = 0
-        """(query, key) pairs that these will cost."""
-        self.waiting_caps = 0
-        """Sum of their output caps."""
+        self._running = 0
         self._prefilling: list[Sequence] = []
         self._limbo: list[tuple[int, int, Sequence]] = []
         self._next_batch = 0
@@ -113,24 +108,25 @@ class ReplicaEngine:
 
     def waiting_rows(self) -> int:
         """Sequences that hold nothing yet."""
-        return self._waiting_count
+        return self.waiting.rows
 
     def takes_at_once(self) -> bool:
         """A slot is free beyond those that the waiting will get with the next batches."""
-        return self._waiting_count < len(self._free_slots)
+        return self.waiting.rows < len(self._free_slots)
 
     def oldest_waiting(self) -> Nanoseconds:
         """Arrival of the first in the queue; there must be one."""
-        self._skip_done()
-        return self._waiting[0][1].arrival
+        first = self.waiting.first()
+        assert first is not None, "nobody waits"
+        return first.arrival
 
     def running_rows(self) -> int:
         """Sequences that hold a slot and have not ended."""
-        return sum(s.state is not State.DONE and s.state is not State.PREEMPTED for s in self.active.values())
+        return self._running
 
     def has_work(self) -> bool:
         """Some sequence has not ended."""
-        return self._waiting_count > 0 or self.running_rows() > 0
+        return self.waiting.rows > 0 or self._running > 0
 
     def limbo_size(self) -> int:
         """Ended sequences whose last batch is still in flight."""
@@ -138,7 +134,7 @@ class ReplicaEngine:
 
     def prefill_tokens_left(self) -> int:
         """Prompt tokens waiting or partly done."""
-        return self.waiting_tokens + sum(s.left for s in self._prefilling)
+        return self.waiting.tokens + sum(s.left for s in self._prefilling)
 
     def group_ns(self, group: DecodeGroup) -> Nanoseconds:
         """Predicted time of the next step of a group."""
@@ -158,10 +154,11 @@ class ReplicaEngine:
 
         None if nobody waits or no slot is free; a Hold if blocks are short.
         """
-        self._skip_done()
-        if not self._waiting or not self._free_slots:
+        if not self._free_slots:
             return None
-        seq = self._waiting[0][1]
+        seq = self.waiting.first()
+        if seq is None:
+            return None
         size = self.config.block_tokens
         hits: list[int] = []
         if seq.request.sampling.prompt_logprobs is None:
@@ -170,12 +167,12 @@ class ReplicaEngine:
         tokens = seq.request.prompt_len + seq.request.max_tokens if reserve else seq.target
         need = -(-tokens // size) - len(hits)
         # Rows that decode will soon ask for blocks; leave them a few, or the newcomer is preempted at once.
-        margin = 1 + self.running_rows() // 8 if self.active and not reserve else 0
+        margin = 1 + self._running // 8 if self.active and not reserve else 0
         if need + margin + self.pool.cached_among(hits) > self.pool.available:
             self.short_of_kv = True
             return Hold(self.index, "kv_blocks", None)
-        heapq.heappop(self._waiting)
-        self._count_waiting(seq, -1)
+        self.waiting.pop()
+        self._running += 1
         self.pool.hold(hits)
         seq.blocks = hits + (self.pool.allocate(need) or [])
         seq.slot = self._free_slots.pop()
@@ -213,6 +210,20 @@ class ReplicaEngine:
                 return False
         return True
 
+    def extend_all(self, rows: list[Sequence]) -> bool:
+        """One more block for each of these rows, if there are as many; else False, and nothing changes."""
+        blocks = self.pool.allocate(len(rows))
+        if blocks is None:
+            return False
+        changes = self.table_changes
+        for seq, block in zip(rows, blocks, strict=True):
+            seq.blocks.append(block)
+            if seq.slot in changes:
+                changes[seq.slot].append(block)
+            else:
+                changes[seq.slot] = [block]
+        return True
+
     def publish(self, seq: Sequence, computed: int) -> None:
         """Index the whole blocks among the first `computed` tokens, which must be known."""
         keys = seq.whole_keys(self.config.block_tokens, computed)
@@ -235,20 +246,11 @@ class ReplicaEngine:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
-        seq.state = State.WAITING
-        heapq.heappush(self._waiting, (seq.rank, seq))
-        self._count_waiting(seq, 1)
+        self.waiting.push(seq)
 
     def take_waiting(self, max_tokens: int) -> Sequence | None:
         """Remove the last of the queue that needs at most `max_tokens` tokens of KV, to run it elsewhere."""
-        live = [e for e in self._waiting if e[1].state is State.WAITING and e[1].most_tokens <= max_tokens]
-        if not live:
-            return None
-        entry = max(live, key=lambda e: e[0])
-        self._waiting.remove(entry)
-        heapq.heapify(self._waiting)
-        self._count_waiting(entry[1], -1)
-        return entry[1]
+        return self.waiting.take_last(max_tokens)
 
     def next_batch(self, now: Nanoseconds) -> IssueBatch | Hold | None:
         """Compose and issue one batch if the pipeline takes one and something can run."""
@@ -287,13 +289,7 @@ class ReplicaEngine:
     def end(self, seq: Sequence) -> None:
         """`seq` ended for whatever reason; nothing more will be emitted for it."""
         if seq.state is State.WAITING:
-            self._count_waiting(seq, -1)
-            seq.state = State.DONE
-            if (
-                len(self._waiting) > 2 * self._waiting_count + 64
-            ):  # clients that left must not pile up behind a long queue
-                self._waiting = [e for e in self._waiting if e[1].state is State.WAITING]
-                heapq.heapify(self._waiting)
+            self.waiting.end(seq)
             return
         preempted = seq.state is State.PREEMPTED
         group = seq.group
@@ -303,13 +299,13 @@ class ReplicaEngine:
         self._withdraw(seq)
         seq.state = State.DONE
         if not preempted:  # else it is in limbo already
+            self._running -= 1
             self._retire(seq)
 
     def abandon(self) -> list[Sequence]:
         """The workers are lost: forget everything in flight and return all unfinished sequences, in order."""
-        self._skip_done()
         left = [s for s in self.active.values() if s.state is not State.DONE]
-        left += [s for _, s in self._waiting if s.state is State.WAITING]
+        left += list(self.waiting)
         for seq in left:
             seq.length = seq.current_length()
             seq.group = None
@@ -317,8 +313,8 @@ class ReplicaEngine:
             for seq in record.rows:
                 seq.length -= seq.tokens is None  # a token that will never be known
         self.active.clear()
-        self._waiting.clear()
-        self._waiting_count = self.waiting_tokens = self.waiting_pairs = self.waiting_caps = 0
+        self.waiting.clear()
+        self._running = 0
         self._prefilling.clear()
         self._limbo.clear()
         self.in_flight.clear()
@@ -418,6 +414,7 @@ class ReplicaEngine:
 
     def _preempt(self, seq: Sequence) -> None:
         self.preemptions += 1
+        self._running -= 1
         self.newly_preempted.append(seq.request.request_id)
         seq.preempted += 1
         self._withdraw(seq)
@@ -455,13 +452,3 @@ class ReplicaEngine:
         if seq.first_answer:
             seq.prompt_logprobs = []
         self.add(seq)
-
-    def _count_waiting(self, seq: Sequence, sign: int) -> None:
-        self._waiting_count += sign
-        self.waiting_tokens += sign * seq.target
-        self.waiting_pairs += sign * (seq.target * (seq.target + 1) // 2)
-        self.waiting_caps += sign * seq.request.max_tokens
-
-    def _skip_done(self) -> None:
-        while self._waiting and self._waiting[0][1].state is State.DONE:
-            heapq.heappop(self._waiting)

@@ -2,7 +2,6 @@
 
 import heapq
 from enum import Enum
-from typing import Any
 
 from evener.engine.batch import TokenLogprobs
 from evener.engine.kv import Key, chain_key
@@ -30,8 +29,8 @@ class Sequence:
 
     __slots__ = (
         "arrival", "blocks", "cached", "computed", "emitted", "first_answer", "group", "join_length", "join_step",
-        "keys", "last_batch", "length", "order", "preempted", "prompt_logprobs", "published", "redo", "request", "slot",
-        "state", "target", "tokens", "told",
+        "keys", "last_batch", "length", "order", "phase", "preempted", "prompt_logprobs", "published", "redo",
+        "request", "slot", "state", "target", "tokens", "told",
     )  # fmt: skip
 
     def __init__(self, request: Request, order: int, arrival: Nanoseconds) -> None:
@@ -56,6 +55,8 @@ class Sequence:
         self.group: DecodeGroup | None = None
         self.join_step = 0
         self.join_length = 0
+        self.phase = 0
+        """Steps of its group, modulo the block size, at which it needs a new block."""
         self.last_batch = -1
         self.preempted = 0
         self.redo = 0
@@ -104,8 +105,9 @@ class Sequence:
 class DecodeGroup:
     """Sequences that decode in the same batches: one micro-batch of a pipeline.
 
-    Cost per step is O(rows that need attention): a heap says at which step a row next needs a KV block or
-    reaches its cap; everything else about a row follows from the step count.
+    Every row gets one token per step, so everything about a row follows from the step count: it needs a KV block
+    whenever the count comes round to its phase, and a heap says at which step it samples its last token. A step costs
+    O(rows that need attention).
     """
 
     def __init__(self, group_id: int, block_tokens: int) -> None:
@@ -121,7 +123,10 @@ class DecodeGroup:
         self.last_batch = -1
         self.joining: list[int] = []
         self.leaving: list[int] = []
-        self._due: list[tuple[int, int, Any]] = []
+        self._phases: list[dict[int, Sequence]] = [{} for _ in range(block_tokens)]
+        """Phase -> slot -> row."""
+        self._caps: list[tuple[int, int, Sequence]] = []
+        """(step that samples the last token, order, row); an entry of a row that left since is void."""
         self._snapshot: tuple[Sequence, ...] | None = ()
 
     @property
@@ -130,19 +135,23 @@ class DecodeGroup:
         return len(self.rows) + len(self.pending)
 
     def snapshot(self) -> tuple[Sequence, ...]:
-        """The rows in order, as the workers see them."""
+        """The rows in order, as the workers see them; the same object until a row comes or goes."""
         if self._snapshot is None:
             self._snapshot = tuple(self.rows.values())
         return self._snapshot
 
     def join(self, seq: Sequence) -> None:
         """Append a row; its next position must have a block by the time of the step."""
-        seq.group, seq.join_step, seq.join_length = self, self.steps, seq.length
+        length = seq.length
+        seq.group, seq.join_step, seq.join_length = self, self.steps, length
         self.rows[seq.slot] = seq
-        self.context += seq.length
+        self.context += length
         self._snapshot = None
         self.joining.append(seq.slot)
-        self.watch(seq)
+        seq.phase = (self.steps + len(seq.blocks) * self.block_tokens - length + 1) % self.block_tokens
+        self._phases[seq.phase][seq.slot] = seq
+        to_last = seq.request.max_tokens - (length - seq.request.prompt_len) - 1
+        heapq.heappush(self._caps, (self.steps + max(0, to_last), seq.order, seq))
 
     def remove(self, seq: Sequence) -> None:
         """Take a row out; workers hear of it with the next batch of this group."""
@@ -150,6 +159,7 @@ class DecodeGroup:
         seq.group = None
         seq.last_batch = max(seq.last_batch, self.last_batch)
         del self.rows[seq.slot]
+        del self._phases[seq.phase][seq.slot]
         self.context -= seq.length
         self._snapshot = None
         if seq.slot in self.joining:  # the workers never heard of it
@@ -157,24 +167,42 @@ class DecodeGroup:
         else:
             self.leaving.append(seq.slot)
 
-    def watch(self, seq: Sequence) -> None:
-        """Note the step at which `seq` next needs a block or samples its last token."""
-        length = seq.current_length()
-        to_block = len(seq.blocks) * self.block_tokens - length + 1
-        to_last = seq.request.max_tokens - (length - seq.request.prompt_len) - 1
-        heapq.heappush(self._due, (self.steps + max(0, min(to_block, to_last)), seq.order, seq))
+    def short_rows(self) -> list[Sequence]:
+        """Rows that need one more block before the next step."""
+        phase = self._phases[self.steps % self.block_tokens]
+        if not phase:
+            return []
+        size = self.block_tokens
+        return [s for s in phase.values() if len(s.blocks) * size < s.join_length + self.steps - s.join_step]
 
-    def due(self) -> list[Sequence]:
-        """Rows that need attention before the next step, in order of arrival; each is to be watched again."""
+    def last_tokens(self) -> list[Sequence]:
+        """Rows that sample their last token with the next step, in order of arrival."""
         out: list[Sequence] = []
-        while self._due and self._due[0][0] <= self.steps:
-            seq = heapq.heappop(self._due)[2]
-            if seq.group is self and seq not in out:
+        caps, steps = self._caps, self.steps
+        while caps and caps[0][0] <= steps:
+            seq = heapq.heappop(caps)[2]
+            if seq.group is self and seq.output_length + 1 >= seq.request.max_tokens and seq not in out:
                 out.append(seq)
         return out
 
-    def advance(self, batch_id: int) -> None:
-        """One step was issued."""
-        self.steps += 1
-        self.context += len(self.rows)
+    def steps_to_cap(self) -> int:
+        """Steps that can be issued before one samples the last token of a row (at least; rows must be there)."""
+        return self._caps[0][0] - self.steps if self._caps else 0
+
+    def blocks_of(self, steps: int) -> list[tuple[dict[int, Sequence], int]]:
+        """What the next `steps` steps need: rows, and how many blocks each (none may hold more than it needs)."""
+        size = self.block_tokens
+        whole, rest = divmod(steps, size)
+        out = []
+        for k in range(size if whole else rest):
+            rows = self._phases[(self.steps + k) % size]
+            if rows:
+                out.append((rows, whole + (k < rest)))
+        return out
+
+    def advance(self, batch_id: int, steps: int = 1) -> None:
+        """Steps were issued, the last one as batch `batch_id`."""
+        rows = len(self.rows)
+        self.steps += steps
+        self.context += rows * steps
         self.last_batch = batch_id

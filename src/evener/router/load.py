@@ -9,13 +9,13 @@ from evener.router.lengths import LengthEstimator
 def load_of(replica: ReplicaEngine, seq: Sequence, lengths: LengthEstimator) -> ReplicaLoad:
     """Work left at `replica`, and what `seq` would find cached there. O(running rows)."""
     config = replica.config
-    pairs = replica.waiting_pairs
-    context = replica.waiting_tokens
+    pairs = replica.waiting.pairs
+    context = replica.waiting.tokens
     decode = 0.0
     waiting = replica.waiting_rows()
     if waiting:
-        decode = waiting * lengths.expected_remaining(0, max(1, replica.waiting_caps // waiting))
-    prefill = replica.waiting_tokens
+        decode = waiting * lengths.expected_remaining(0, max(1, replica.waiting.caps // waiting))
+    prefill = replica.waiting.tokens
     running = 0
     for row in replica.active.values():
         if row.state not in (State.PREFILL, State.DECODE):
