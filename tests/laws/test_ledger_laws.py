@@ -48,7 +48,7 @@ def test_law_2_compute_is_divided_by_the_make_up(case: Case) -> None:
     account = play(case, history).account()
     for device in account.devices.values():
         down = history.down[device.replica]
-        shares = {c: 0.0 for c in COMPUTE}
+        shares = dict.fromkeys(COMPUTE, 0.0)
         compute = spans = 0
         for life in history.batches[device.replica]:
             for x in life.spans:
