@@ -4,7 +4,8 @@ A *group* is the ranks of one stage (tensor parallelism). A *pipe* is a one-way 
 Every wait ends in data or in `WorkerLost`; none hangs: the host can abort a group, and each wait has a deadline.
 
 Every operation returns a `Stamp`, on the host-wide monotonic clock, so that who waits is told apart from who is
-late: `arrived - entered` is waiting for peers (straggler), `ended - arrived` is the transfer itself.
+late: `arrived - entered` is waiting for peers (straggler), `ended - arrived` is the transfer itself. It also carries
+the thread's CPU time at both ends, so that what lies between two operations can be told from losing the core.
 """
 
 from typing import NamedTuple, Protocol
@@ -20,6 +21,9 @@ class Stamp(NamedTuple):
     entered: Nanoseconds
     arrived: Nanoseconds
     ended: Nanoseconds
+    cpu_entered: Nanoseconds = Nanoseconds(0)
+    """CPU time of the calling thread at `entered`."""
+    cpu_ended: Nanoseconds = Nanoseconds(0)
 
 
 class Group(Protocol):

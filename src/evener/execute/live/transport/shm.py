@@ -127,7 +127,7 @@ class ShmGroup:
             return _alone()
         floor = self._floor("all_reduce", t.nbytes) if self._linked else 0
         with self._peers() as native:
-            return Stamp._make(native.all_reduce(t.data_ptr(), t.numel(), dtype, floor))
+            return Stamp(*native.all_reduce(t.data_ptr(), t.numel(), dtype, floor))
 
     def all_gather(self, t: torch.Tensor, out: torch.Tensor) -> Stamp:
         """See `base.Group`."""
@@ -140,7 +140,7 @@ class ShmGroup:
             return _alone()
         floor = self._floor("all_gather", t.nbytes) if self._linked else 0
         with self._peers() as native:
-            return Stamp._make(native.all_gather(t.data_ptr(), out.data_ptr(), t.nbytes, floor))
+            return Stamp(*native.all_gather(t.data_ptr(), out.data_ptr(), t.nbytes, floor))
 
     def all_to_all(self, t: torch.Tensor, out: torch.Tensor) -> Stamp:
         """See `base.Group`."""
@@ -153,7 +153,7 @@ class ShmGroup:
             return _alone()
         floor = self._floor("all_to_all", t.nbytes) if self._linked else 0
         with self._peers() as native:
-            return Stamp._make(native.all_to_all(t.data_ptr(), out.data_ptr(), t.nbytes // self.size, floor))
+            return Stamp(*native.all_to_all(t.data_ptr(), out.data_ptr(), t.nbytes // self.size, floor))
 
     def close(self) -> None:
         """See `base.Group`. Peers are not told; abort the segment to stop them."""
@@ -213,13 +213,13 @@ class ShmPipe:
         """See `base.Pipe`."""
         _check(t)
         with self._peers("send") as native:
-            return Stamp._make(native.send(t.data_ptr(), t.nbytes))
+            return Stamp(*native.send(t.data_ptr(), t.nbytes))
 
     def recv(self, out: torch.Tensor) -> Stamp:
         """See `base.Pipe`. Raises ValueError when the next message has another size; it then stays in the pipe."""
         _check(out)
         with self._peers("recv") as native:
-            return Stamp._make(native.recv(out.data_ptr(), out.nbytes))
+            return Stamp(*native.recv(out.data_ptr(), out.nbytes))
 
     def poll(self) -> bool:
         """Whether `recv` would find a message now (its beginning, if it is longer than the ring). Raises WorkerLost."""
@@ -262,8 +262,8 @@ def _lost(segment: Segment, device: str, reason: str) -> WorkerLost:
 
 
 def _alone() -> Stamp:
-    now = Nanoseconds(time.monotonic_ns())
-    return Stamp(now, now, now)
+    now, cpu = Nanoseconds(time.monotonic_ns()), Nanoseconds(time.thread_time_ns())
+    return Stamp(now, now, now, cpu, cpu)
 
 
 def _check(t: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ What differs from shared memory:
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,13 @@ from evener.units import Nanoseconds
 
 _c10d: Any = dist  # bindings without type stubs
 _MAX_ENTRIES = 1 << 16
+
+
+class _Entry(NamedTuple):
+    """When the calling thread entered an operation, on the wall and on its own CPU clock."""
+
+    at: int
+    cpu: int
 
 
 class _Member:
@@ -49,7 +56,7 @@ class _Member:
         """Release the connections; idempotent."""
         self._backend = None
 
-    def _enter(self, *tensors: torch.Tensor) -> tuple[Backend, int]:
+    def _enter(self, *tensors: torch.Tensor) -> tuple[Backend, _Entry]:
         self._world.check()
         if self._backend is None:
             raise ValueError("the group or pipe is closed")
@@ -61,7 +68,7 @@ class _Member:
                 )
             if not t.is_contiguous():
                 raise ValueError(f"tensor {list(t.shape)} is not contiguous; pass t.contiguous()")
-        return self._backend, time.monotonic_ns()
+        return self._backend, _Entry(time.monotonic_ns(), time.thread_time_ns())
 
     def _wait(self, work: dist.Work) -> None:
         self._world.wait(work, self._peers)
@@ -82,7 +89,7 @@ class TorchGroup(_Member):
         if t.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"all_reduce of {t.dtype}; float32 and bfloat16 are summed")
         backend, entered = self._enter(t)
-        self._entries.append(entered)
+        self._entries.append(entered.at)
         self._wait(backend.allreduce([t]))
         return _stamp(entered)
 
@@ -91,7 +98,7 @@ class TorchGroup(_Member):
         if out.dtype != t.dtype or out.shape != (self.size, *t.shape):
             raise ValueError(f"all_gather of {list(t.shape)} over {self.size} ranks into {list(out.shape)}")
         backend, entered = self._enter(t, out)
-        self._entries.append(entered)
+        self._entries.append(entered.at)
         if t.numel() > 0:
             self._wait(backend._allgather_base(_flat(out), _flat(t)))
         return _stamp(entered)
@@ -101,7 +108,7 @@ class TorchGroup(_Member):
         if out.dtype != t.dtype or out.shape != t.shape or t.dim() == 0 or t.shape[0] != self.size:
             raise ValueError(f"all_to_all of {list(t.shape)} into {list(out.shape)}; both must be [{self.size}, ...]")
         backend, entered = self._enter(t, out)
-        self._entries.append(entered)
+        self._entries.append(entered.at)
         if t.numel() > 0:
             self._wait(backend.alltoall_base(_flat(out), _flat(t), [], []))
         return _stamp(entered)
@@ -163,7 +170,7 @@ class TorchPipe(_Member):
             self._under_way.clear()
             super().close()
 
-    def _enter_as(self, role: str, t: torch.Tensor) -> tuple[Backend, int]:
+    def _enter_as(self, role: str, t: torch.Tensor) -> tuple[Backend, _Entry]:
         if role != self.role:
             raise ValueError(f"this end of the pipe can {self.role}, not {role}")
         return self._enter(t)
@@ -181,5 +188,7 @@ def _flat(t: torch.Tensor) -> torch.Tensor:
     return t.view(-1).view(torch.uint8)
 
 
-def _stamp(entered: int) -> Stamp:
-    return Stamp(Nanoseconds(entered), Nanoseconds(entered), Nanoseconds(time.monotonic_ns()))
+def _stamp(entry: _Entry) -> Stamp:
+    entered = Nanoseconds(entry.at)
+    cpu, ended = Nanoseconds(time.thread_time_ns()), Nanoseconds(time.monotonic_ns())
+    return Stamp(entered, entered, ended, Nanoseconds(entry.cpu), cpu)

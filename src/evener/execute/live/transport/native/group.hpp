@@ -12,6 +12,7 @@ namespace evener {
 
 struct Stamp {
   int64_t entered, arrived, ended;  // CLOCK_MONOTONIC, ns
+  int64_t cpu_entered, cpu_ended;   // CPU time of the calling thread, ns
 };
 
 enum class Op : int { all_reduce = 1, all_gather = 2, all_to_all = 3 };
@@ -47,7 +48,7 @@ class Group {
 
   struct Entry {  // one operation in progress on this rank
     Gil& gil;
-    int64_t entered, arrived = 0;
+    int64_t cpu_entered, entered, arrived;
     uint64_t tag;
   };
 

@@ -39,7 +39,7 @@ void translate(const std::exception_ptr& p, void*) {
   }
 }
 
-nb::tuple as_tuple(const Stamp& s) { return nb::make_tuple(s.entered, s.arrived, s.ended); }
+nb::tuple as_tuple(const Stamp& s) { return nb::make_tuple(s.entered, s.arrived, s.ended, s.cpu_entered, s.cpu_ended); }
 
 }  // namespace
 

@@ -79,7 +79,7 @@ void Pipe::copy_out(uint64_t at, char* to, uint64_t n) {
 Stamp Pipe::send(uintptr_t t, uint64_t bytes) {
   Gil gil;
   if (bytes > kReleaseBytes) gil.release();
-  const int64_t entered = enter();
+  const int64_t cpu_entered = cpu_ns(), entered = enter();
   int64_t arrived = entered, due = entered;
   if (ns_per_byte_ > 0 || delay_ns_ > 0) {
     busy_until_ = std::max(busy_until_, entered) + int64_t(double(bytes) * ns_per_byte_);
@@ -98,14 +98,14 @@ Stamp Pipe::send(uintptr_t t, uint64_t bytes) {
     done += n;
     publish(at += need);
   }
-  const int64_t ended = now_ns();
-  return {entered, std::min(arrived, ended), ended};
+  const int64_t cpu = cpu_ns(), ended = now_ns();
+  return {entered, std::min(arrived, ended), ended, cpu_entered, cpu};
 }
 
 Stamp Pipe::recv(uintptr_t out, uint64_t bytes) {
   Gil gil;
   if (bytes > kReleaseBytes) gil.release();
-  const int64_t entered = enter();
+  const int64_t cpu_entered = cpu_ns(), entered = enter();
   wait_for(gil, kLine);
   uint64_t at = mine().bytes.load(std::memory_order_relaxed);
   const Message m = message(at);
@@ -129,7 +129,8 @@ Stamp Pipe::recv(uintptr_t out, uint64_t bytes) {
     publish(at += padded(n));
   }
   if (m.due > now_ns()) waiter_.sleep_until(gil, m.due);
-  return {entered, std::max(entered, m.entered), now_ns()};
+  const int64_t cpu = cpu_ns();
+  return {entered, std::max(entered, m.entered), now_ns(), cpu_entered, cpu};
 }
 
 bool Pipe::poll() {

@@ -46,6 +46,7 @@ struct Late {
 };
 
 int64_t now_ns();  // CLOCK_MONOTONIC
+int64_t cpu_ns();  // CPU time of the calling thread
 
 // The mapping, unmapped when the last segment, group or pipe that holds it goes.
 class Mapping {
