@@ -166,8 +166,8 @@ def test_unknown_device_and_dtype_are_refused() -> None:
         RooflineCostModel(TINY, whole(TINY, "cpu:3"), profile(rates()))
     with pytest.raises(InvalidInput, match=r"dtype 'bf16' in the profile \(measured: fp32\)"):
         RooflineCostModel(TINY, whole(TINY), profile(rates()), dtype="bf16")
-    with pytest.raises(InvalidInput, match="kv_dtype='fp8' is not one of"):
-        RooflineCostModel(TINY, whole(TINY), profile(rates()), kv_dtype="fp8")
+    with pytest.raises(InvalidInput, match="kv_dtype='fp7' is not one of"):
+        RooflineCostModel(TINY, whole(TINY), profile(rates()), kv_dtype="fp7")
 
 
 def test_it_is_a_cost_model() -> None:

@@ -141,8 +141,8 @@ class Profile(Struct, frozen=True):
 
     devices: tuple[DeviceProfile, ...]
     collectives: tuple[Collective, ...]
-    source: Literal["measured", "default"]
-    """`default`: assumed figures, nothing was measured."""
+    source: Literal["measured", "published", "default"]
+    """`published`: some devices by their makers' peaks; `default`: assumed figures, nothing was measured."""
     host_ns: int = 300_000
     """Assumed control time per batch that no device can hide, until live spans replace it."""
     missing: tuple[str, ...] = ()

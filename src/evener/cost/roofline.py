@@ -10,6 +10,7 @@ prefill, and the bytes of K and V it reads in decode. Everything that depends on
 tables when the model is made, so that a prediction is a few look-ups.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from evener.cost.base import BatchShape, DecodeRun, ShardTime
 from evener.cost.rates import DeviceProfile, Floats, Profile
 from evener.errors import InvalidInput
 from evener.spec.cluster import Link
+from evener.spec.links import Links
 from evener.spec.model import DTYPE_BYTES, ModelSpec
 from evener.spec.plan import Plan, Replica, Shard, Stage, size
 from evener.units import Nanoseconds
@@ -138,7 +140,7 @@ class _StageTables:
 
         def collective(nbytes: NDArray[np.int64]) -> Floats:
             time = profile.collective_ns(ranks, nbytes.astype(np.float64))
-            return time + np.where(nbytes > 0, _links_ns(links, nbytes), 0.0) if ranks > 1 else time
+            return time + np.where(nbytes > 0, _links_ns(links, nbytes, ranks), 0.0) if ranks > 1 else time
 
         activations = rows * model.hidden * costs[0].activation_bytes
         ffn = [layers * c.ffn_rows(rows, size(sh.ffn)) for c, sh in zip(costs, stage.shards, strict=True)]
@@ -177,9 +179,16 @@ class _StageTables:
         self.pipe_delay_ns = 0 if last else round(max((link.delay for link in pipe), default=0.0) * 1e9)
 
 
-def _links_ns(links: list[Link], nbytes: NDArray[np.int64]) -> Floats:
-    """Declared delay and bandwidth of the slowest of these links, for messages of `nbytes`."""
-    return _slowest([_none(nbytes), *(link.delay * 1e9 + nbytes / (link.bandwidth or np.inf) * 1e9 for link in links)])
+def _links_ns(links: list[Link], nbytes: NDArray[np.int64], ranks: int = 2) -> Floats:
+    """Declared delay and bandwidth of the slowest of these links, for messages of `nbytes`.
+
+    An all-reduce takes log2(ranks) delays, and in one direction 2 (ranks - 1) / ranks of the message (Patarasu and
+    Yuan, 2009); between two ranks that is one of each, as for a message sent.
+    """
+    delays, volume = math.ceil(math.log2(ranks)), nbytes * (2e9 * (ranks - 1) / ranks)
+    return _slowest(
+        [_none(nbytes), *(delays * link.delay * 1e9 + volume / (link.bandwidth or np.inf) for link in links)]
+    )
 
 
 def _no_delay(link: Link) -> Link:
@@ -207,7 +216,8 @@ class RooflineCostModel:
             for name in plan.devices()
         }
         shared: dict[Any, _StageTables] = {}
-        self._replicas = [_replica_tables(replica, costs, profile, links, shared) for replica in plan.replicas]
+        declared = Links(links)
+        self._replicas = [_replica_tables(replica, costs, profile, declared, shared) for replica in plan.replicas]
 
     def stage_ns(self, replica: int, stage: int, shape: BatchShape) -> Nanoseconds:
         """Time the slowest shard of the stage is busy with the batch, collectives included."""
@@ -260,14 +270,12 @@ class RooflineCostModel:
 
 
 def _replica_tables(
-    replica: Replica, costs: dict[str, DeviceCosts], profile: Profile, links: Sequence[Link],
-    shared: dict[Any, _StageTables],
+    replica: Replica, costs: dict[str, DeviceCosts], profile: Profile, links: Links, shared: dict[Any, _StageTables]
 ) -> list[_StageTables]:  # fmt: skip
     """`shared`: tables made so far; a thousand equal replicas need them once."""
 
     def between(here: tuple[Shard, ...], there: tuple[Shard, ...]) -> list[Link]:
-        a, b = {sh.device for sh in here}, {sh.device for sh in there}
-        return [x for x in links if (x.a in a and x.b in b) or (x.a in b and x.b in a)]
+        return links.between([sh.device for sh in here], [sh.device for sh in there])
 
     last = len(replica.stages) - 1
     out = []
@@ -276,7 +284,8 @@ def _replica_tables(
         onward = between(stage.shards, replica.stages[s + 1].shards) if s < last else []
         of_stage = [costs[sh.device] for sh in stage.shards]
         key = (
-            stage.layers, s == 0, s == last, tuple(inside), tuple(onward),
+            stage.layers, s == 0, s == last,
+            tuple((x.delay, x.bandwidth) for x in inside), tuple((x.delay, x.bandwidth) for x in onward),
             tuple((sh.heads, sh.ffn, sh.embed_rows, sh.head_rows) for sh in stage.shards),
             tuple((id(c.rates), c.stretch, c.sharers) for c in of_stage),
         )  # fmt: skip

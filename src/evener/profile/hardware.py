@@ -33,6 +33,11 @@ def check_present(devices: Sequence[Device]) -> None:
     """Raise InvalidDevice, naming what there is, when one of these is not on this host."""
     allowed = os.sched_getaffinity(0)
     for d in devices:
+        if d.host != "localhost":
+            raise InvalidDevice(
+                f"device {d.name} is on host {d.host}; this host serves and measures its own devices only, "
+                "others can be planned for and simulated"
+            )
         absent = [core for core in d.cores if core not in allowed]
         if absent:
             raise InvalidDevice(

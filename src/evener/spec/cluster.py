@@ -9,6 +9,7 @@ import re
 from msgspec import Struct
 
 from evener.errors import InvalidDevice
+from evener.spec.peaks import Peaks
 from evener.units import Bytes, Seconds
 
 _NAME = re.compile(r"^(cpu|cuda):(\d+)(?:-(\d+))?(?:#(\w+))?$")
@@ -22,7 +23,7 @@ class Device(Struct, frozen=True):
     """One place where a worker runs."""
 
     name: str
-    """Unique in the cluster: `cpu:0`, `cpu:0-3`, `cuda:0`, `cpu:0#1`."""
+    """Unique in the cluster: `cpu:0`, `cpu:0-3`, `cuda:0`, `cpu:0#1`; on another host `node1/cuda:0`."""
     kind: str
     """`cpu` or `cuda`."""
     cores: tuple[int, ...] = ()
@@ -34,10 +35,13 @@ class Device(Struct, frozen=True):
     memory: Bytes | None = None
     """Declared limit for weights and KV; None: the host's share."""
     host: str = "localhost"
+    peaks: Peaks | None = None
+    """Published rates, where the device cannot be measured here."""
 
 
 class Link(Struct, frozen=True):
-    """A declared property of the way between two devices; absent links are as fast as measured."""
+    """A declared property of the way between two devices, or two hosts (`evener.spec.links`); absent links are as fast
+    as measured."""
 
     a: str
     b: str

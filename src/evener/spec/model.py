@@ -4,7 +4,7 @@ from msgspec import Struct
 
 from evener.units import Bytes
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 
 
 class RopeScaling(Struct, frozen=True):
