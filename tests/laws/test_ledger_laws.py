@@ -53,9 +53,9 @@ def test_law_2_compute_is_divided_by_the_make_up(case: Case) -> None:
         for life in history.batches[device.replica]:
             for x in life.spans:
                 if (x.stage, x.rank) == (device.stage, device.rank) and (down is None or x.ended <= down):
-                    parts = weights(Costs(), device.replica, device.stage, life.made_of, life.late, 1)
-                    for cause, weight in parts:
-                        shares[cause] += x.compute * weight / sum(w for _, w in parts)
+                    causes, parts = weights(Costs(), device.replica, device.stage, life.made_of, life.late, 1)
+                    for cause, weight in zip(causes, parts, strict=True):
+                        shares[Cause(cause)] += x.compute * weight / sum(parts)
                     compute, spans = compute + x.compute, spans + 1
         assert sum(device.causes_ns[c] for c in COMPUTE) == compute
         for cause in COMPUTE:

@@ -44,7 +44,7 @@ class BatchRecord:
         self.done = -1
         self.late = 0
         self.pure: Cause | None = None
-        self.shares: dict[int, list[tuple[Cause, int]]] = {}
+        self.shares: dict[int, tuple[list[int], list[int]]] = {}
         """Stage -> causes and weights of a mixed batch."""
 
 

@@ -13,6 +13,9 @@ def divide(total: int, weights: Sequence[int]) -> list[int]:
     whole = sum(weights)
     if total == 0:
         return [0] * len(weights)
+    if len(weights) == 2 and whole:
+        first = (2 * total * weights[0] + whole) // (2 * whole)
+        return [first, total - first]
     assert total > 0 and whole > 0, f"cannot divide {total} by the weights {list(weights)}"
     parts = [(2 * total * w + whole) // (2 * whole) for w in weights]
     over = sum(parts) - total

@@ -46,6 +46,10 @@ class History:
             since = end
         return out
 
+    def since(self, when: int) -> bool:
+        """The newest value holds at `when` already."""
+        return self._times[-1] <= when
+
     def forget(self, before: int) -> None:
         """Drop what nobody asks for any more: all readers have passed `before`."""
         k = bisect_right(self._times, before) - 1

@@ -9,6 +9,9 @@ from evener.cost.base import BatchShape, CostModel
 from evener.ledger.causes import Cause
 from evener.ledger.spans import MakeUp
 
+_PREFILL, _DECODE, _PADDING, _RECOMPUTE, _SPECULATION = (
+    int(c) for c in (Cause.PREFILL, Cause.DECODE, Cause.PADDING, Cause.RECOMPUTE, Cause.SPECULATION)
+)
 _SCALE = 1 << 20
 """Weights are integers; what is lost by rounding them is below a millionth."""
 
@@ -25,36 +28,32 @@ def pure_cause(made_of: MakeUp, late_rows: int) -> Cause | None:
 
 def weights(
     costs: CostModel, replica: int, stage: int, made_of: MakeUp, late_rows: int, repeat: int
-) -> list[tuple[Cause, int]]:
-    """Causes of a batch's compute time on one stage with their weights; at least one is positive.
+) -> tuple[list[int], list[int]]:
+    """Causes of a batch's compute time on one stage, and their positive weights.
 
     `late_rows` are counted over all `repeat` steps.
     """
     shape = made_of.shape
     prompt, rows, pad = shape.prefill_tokens, shape.decode_rows, shape.pad_tokens
-    tokens = prompt + rows + pad
-    assert tokens > 0, "an empty batch took compute time"
+    assert prompt + rows + pad > 0, "an empty batch took compute time"
+    for_prompt, for_rows = prompt, rows
     if prompt and rows:
-        alone = BatchShape(
-            prompt, shape.prefill_pairs, sampled_rows=shape.sampled_rows - rows, chunks=shape.chunks
-        )  # fmt: skip
-        decoding = BatchShape(decode_rows=rows, decode_context=shape.decode_context, sampled_rows=rows)
-        for_prompt: int = costs.stage_ns(replica, stage, alone)
-        for_rows: int = costs.stage_ns(replica, stage, decoding)
-        if for_prompt + for_rows == 0:  # a model that calls both free divides by tokens
-            for_prompt, for_rows = prompt, rows
-    else:
-        for_prompt, for_rows = (1, 0) if prompt else (0, 1)
-    # Of (for_prompt + for_rows), padding takes pad / tokens; the scale keeps the fractions.
-    both = for_prompt + for_rows
-    out = [(Cause.PADDING, _SCALE * both * pad // tokens)] if pad else []
-    real = _SCALE * (prompt + rows)
+        alone = BatchShape(prompt, shape.prefill_pairs, 0, 0, shape.sampled_rows - rows, 0, shape.chunks)
+        decoding = BatchShape(0, 0, rows, shape.decode_context, rows)
+        both = costs.stage_ns(replica, stage, alone), costs.stage_ns(replica, stage, decoding)
+        if any(both):  # a model that calls both free divides by tokens
+            for_prompt, for_rows = both
+        if not (pad or late_rows or made_of.recompute_tokens) and for_prompt and for_rows:
+            return [_PREFILL, _DECODE], [for_prompt, for_rows]
+    # Padding takes pad / tokens of the whole; the scale keeps the fractions.
+    share = _SCALE * (prompt + rows)
+    weight = {_PADDING: _SCALE * (for_prompt + for_rows or 1) * pad}
     if prompt:
-        weight = real * for_prompt // tokens
-        again = weight * made_of.recompute_tokens // prompt
-        out += [(Cause.PREFILL, weight - again), (Cause.RECOMPUTE, again)]
+        weight[_PREFILL] = share * for_prompt
+        weight[_RECOMPUTE] = weight[_PREFILL] * made_of.recompute_tokens // prompt
+        weight[_PREFILL] -= weight[_RECOMPUTE]
     if rows:
-        weight = real * for_rows // tokens
-        late = weight * late_rows // (rows * repeat)
-        out += [(Cause.DECODE, weight - late), (Cause.SPECULATION, late)]
-    return out
+        weight[_DECODE] = share * for_rows
+        weight[_SPECULATION] = weight[_DECODE] * late_rows // (rows * repeat)
+        weight[_DECODE] -= weight[_SPECULATION]
+    return [c for c, w in weight.items() if w], [w for w in weight.values() if w]

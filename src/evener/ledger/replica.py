@@ -91,9 +91,10 @@ class ReplicaBook:
         record = self.records[batch_id]
         record.done, record.late = now, late_rows
         record.pure = makeup.pure_cause(record.made_of, late_rows)
-        for book in self.devices:
-            if book.pending:
-                self._drain(book)
+        if record.after >= 0:
+            for book in self.devices:
+                if book.pending:
+                    self._drain(book)
 
     def state(self, now: Nanoseconds, hold: HoldKind, unfinished: bool, short_of_kv: bool) -> None:
         """See Journal."""
@@ -205,6 +206,9 @@ class ReplicaBook:
         if bubble:
             totals[_BUBBLE] += bubble
             rest -= bubble
+        if span.host:
+            totals[_HOST] += span.host
+            rest -= span.host
         if rest:
             assert rest > 0, f"the parts of a span are {-rest} ns longer than it: {span}"
             totals[_UNATTRIBUTED] += rest
@@ -238,14 +242,13 @@ class ReplicaBook:
             book.spend(_HOST, began)
 
     def _divide(self, book: DeviceBook, span: Span, record: BatchRecord) -> None:
+        totals, compute = book.series.totals, span.compute
         shares = record.shares.get(span.stage)
         if shares is None:
-            shares = makeup.weights(
-                self._costs, self.index, span.stage, record.made_of, record.late, span.repeat
-            )  # fmt: skip
+            shares = makeup.weights(self._costs, self.index, span.stage, record.made_of, record.late, span.repeat)
             record.shares[span.stage] = shares
-        totals = book.series.totals
-        for (cause, _), part in zip(shares, divide(span.compute, [w for _, w in shares]), strict=True):
+        causes, parts = shares
+        for cause, part in zip(causes, divide(compute, parts), strict=True):
             totals[cause] += part
 
     def _count_work(self, book: DeviceBook, span: Span, record: BatchRecord) -> None:
@@ -260,7 +263,11 @@ class ReplicaBook:
         """Idle time from the cursor to `until`, before anything was issued; the batch before ended at `after`."""
         if until <= book.series.until:
             return
-        for began, ended, state in self._states.pieces(book.series.until, until):
+        states = self._states
+        if states.last == _HOST and states.since(book.series.until) and after <= book.series.until:
+            book.spend(_HOST, until)  # nearly always
+            return
+        for began, ended, state in states.pieces(book.series.until, until):
             if state in (_HOST, _NOBODY):
                 if began < after:
                     at = min(ended, after)
