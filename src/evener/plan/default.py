@@ -81,7 +81,7 @@ def default_plan(
         for s in range(pp):
             names = [d.name for d in own[s * tp : (s + 1) * tp]]
             costs = [DeviceCosts(bound.device(n), model, alone=len(used) == 1, dtype=dtype) for n in names]
-            groups.append(_shards(model, names, costs, shape, first=s == 0, last=s == pp - 1))
+            groups.append(split_stage(model, names, costs, shape, first=s == 0, last=s == pp - 1))
         if pp == 1:
             layers: tuple[Interval, ...] = ((0, model.layers),)
         else:
@@ -150,7 +150,7 @@ def _level(times: Sequence[float], costs: Sequence[DeviceCosts]) -> list[float]:
     return [t * c.stretch for t, c in zip(out, costs, strict=True)]
 
 
-def _shards(
+def split_stage(
     model: ModelSpec, names: list[str], costs: list[DeviceCosts], shape: BatchShape, *, first: bool, last: bool
 ) -> tuple[Shard, ...]:
     """Split one stage's heads, columns and vocabulary rows, each by its own time."""

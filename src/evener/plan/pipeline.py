@@ -1,0 +1,147 @@
+"""One replica: groups of devices in stage order become stages, with the layers that serve the most.
+
+For a number of rows, KV room bounds the layers of each stage; under these bounds the layers are dealt so that the
+slowest stage is as fast as can be (optimal for times linear in layers). More rows make better batches but leave less
+room, so several numbers of rows are tried and the best is then improved layer by layer.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from evener.plan.capacity import Capacity, replica_capacity
+from evener.plan.problem import Problem
+from evener.plan.stages import Group, StageOption, Stages
+from evener.spec.plan import Replica, Stage, intervals
+
+
+class Candidate(Struct, frozen=True):
+    """A replica and what it is predicted to serve."""
+
+    replica: Replica
+    capacity: Capacity
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Device names."""
+        return self.replica.devices()
+
+
+def deal_layers(
+    total: int, first_ns: Sequence[float], layer_ns: Sequence[float], most: Sequence[int]
+) -> list[int] | None:
+    """Layers per stage, at least one and at most `most` each, so that the slowest stage is as fast as can be.
+
+    Stage s takes first_ns[s] + n * layer_ns[s]. One by one to the stage that then takes least, which is optimal for
+    linear times; on a tie to the earlier. None when the layers do not fit, or are fewer than the stages.
+    """
+    if sum(most) < total or min(most) < 1 or total < len(most):
+        return None
+    got = [1] * len(most)
+    heap = [(first_ns[k] + 2 * layer_ns[k], k) for k in range(len(got)) if most[k] > 1]
+    heapq.heapify(heap)
+    for _ in range(total - len(got)):
+        time, k = heap[0]
+        got[k] += 1
+        if got[k] < most[k]:
+            heapq.heapreplace(heap, (time + layer_ns[k], k))
+        else:
+            heapq.heappop(heap)
+    return got
+
+
+def row_targets(problem: Problem) -> list[int]:
+    """Numbers of rows that are planned for: from the most down to one, each about 0.7 of the one before."""
+    out, rows = [], problem.max_num_seqs
+    while rows > 1:
+        out.append(rows)
+        rows = min(rows - 1, round(rows * 0.7))
+    return [*out, 1]
+
+
+class _Pipe:
+    """Stage options in order, and what a split of the layers gives."""
+
+    def __init__(self, problem: Problem, options: Sequence[StageOption]) -> None:
+        self.problem = problem
+        self.options = options
+        self.delay_ns = sum(o.delay_ns for o in options)
+        self.known: dict[tuple[int, ...], Capacity | None] = {}
+
+    def capacity(self, layers: Sequence[int]) -> Capacity | None:
+        """None when a stage lacks the memory for the longest request."""
+        key = tuple(layers)
+        if key not in self.known:
+            blocks = min(o.blocks(n) for o, n in zip(self.options, layers, strict=True))
+            if blocks < self.problem.least_blocks():
+                self.known[key] = None
+            else:
+                # More than all sequences at their longest could use is no use.
+                blocks = min(blocks, self.problem.max_num_seqs * self.problem.least_blocks())
+                self.known[key] = replica_capacity(
+                    self.problem,
+                    lambda shape: [a + n * b for n, (a, b) in
+                                   ((n, o.times(shape)) for o, n in zip(self.options, key, strict=True))],
+                    blocks,
+                    self.delay_ns,
+                )  # fmt: skip
+        return self.known[key]
+
+
+def build_replica(
+    problem: Problem, stages: Stages, groups: Sequence[Group], targets: Sequence[int] | None = None, polish: bool = True
+) -> Candidate | None:
+    """The replica with these groups as stages, in this order, that serves the most; None when none fits."""
+    total = problem.model.layers
+    if len(groups) > total:
+        return None
+    options = []
+    for s, group in enumerate(groups):
+        onward = groups[s + 1] if s + 1 < len(groups) else ()
+        option = stages.option(group, first=s == 0, last=s == len(groups) - 1, onward=onward)
+        if option is None:
+            return None
+        options.append(option)
+    pipe = _Pipe(problem, options)
+    best: tuple[float, list[int], Capacity] | None = None
+    tried: set[tuple[int, ...]] = set()
+    for rows in targets if targets is not None else row_targets(problem):
+        most = [min(total, o.most_layers(problem.blocks_for(rows))) for o in options]
+        shape = problem.demand.settled(rows / len(groups))
+        times = [o.times(shape) for o in options]
+        layers = deal_layers(total, [t[0] for t in times], [t[1] for t in times], most)
+        if layers is None or tuple(layers) in tried:
+            continue
+        tried.add(tuple(layers))
+        found = pipe.capacity(layers)
+        if found is not None and (best is None or found.requests_s > best[0]):
+            best = (found.requests_s, layers, found)
+        if len(groups) == 1:
+            break
+    if best is None:
+        return None
+    _, layers, capacity = best
+    if polish and len(groups) > 1:
+        layers, capacity = _polish(pipe, layers, capacity)
+    parts = intervals(layers, total)
+    replica = Replica(tuple(Stage(part, o.shards) for part, o in zip(parts, options, strict=True)))
+    return Candidate(replica, capacity)
+
+
+def _polish(pipe: _Pipe, layers: list[int], capacity: Capacity) -> tuple[list[int], Capacity]:
+    """Move single layers between stages while that serves more."""
+    improved = True
+    while improved:
+        improved = False
+        for a in range(len(layers)):
+            for b in range(len(layers)):
+                if a == b or layers[a] == 1:
+                    continue
+                trial = list(layers)
+                trial[a] -= 1
+                trial[b] += 1
+                found = pipe.capacity(trial)
+                if found is not None and found.requests_s > capacity.requests_s * (1 + 1e-9):
+                    layers, capacity, improved = trial, found, True
+    return layers, capacity

@@ -1,0 +1,121 @@
+"""The planner: search, try the best in the simulator, choose, and keep what is needed to explain the choice."""
+
+import time
+from typing import Any
+
+from msgspec import Struct, structs
+
+from evener.plan.baselines import score_usual
+from evener.plan.choose import best_tried, goal_of, pareto, shortlist
+from evener.plan.problem import Problem
+from evener.plan.search import search
+from evener.plan.trial import Progress, Tried, sample, try_plan
+
+TRIALS = 8
+"""Plans that are simulated."""
+
+
+class Baseline(Struct, frozen=True):
+    """One of the usual layouts: tried, or why it cannot serve."""
+
+    name: str
+    tried: Tried | None
+    reason: str = ""
+
+
+class Choice(Struct, frozen=True):
+    """What was chosen, and beside what."""
+
+    goal: str
+    best: Tried
+    others: tuple[Tried, ...]
+    """The other plans that were simulated."""
+    baselines: tuple[Baseline, ...]
+    front: tuple[Tried, ...]
+    considered: int
+    """Plans scored by the cost model."""
+    search_s: float
+    trial_s: float
+
+
+def choose_plan(
+    problem: Problem, *, trials: int = TRIALS, requests: int = 400, baselines: bool = True,
+    progress: Progress = lambda what, done, steps: None,
+) -> Choice:  # fmt: skip
+    """Search, simulate, choose. Raises InvalidPlan, with the shortage in bytes, when nothing fits.
+
+    The usual layouts are tried too: where one of them is the best, it is the choice.
+    """
+    began = time.perf_counter()
+    progress("searching", 0, 1)
+    scored = search(problem)
+    searched = time.perf_counter()
+    listed = shortlist(problem, scored, trials)
+    usual = score_usual(problem, listed[0].plan) if baselines else []
+    steps = len(listed) + len(usual)
+    # The same requests for all, enough to fill the plan that holds the most rows.
+    rows = max(
+        sum(c.rows for c in s.load.replicas) for s in [*listed, *(u for _, u in usual if not isinstance(u, str))]
+    )
+    items = sample(problem, rows, requests)
+    tried = []
+    for k, candidate in enumerate(listed):
+        progress(f"simulating {candidate.plan.name}", k, steps)
+        tried.append(try_plan(problem, candidate, items))
+    compared = []
+    for k, (name, found) in enumerate(usual):
+        progress(f"simulating {name}", len(listed) + k, steps)
+        if isinstance(found, str):
+            compared.append(Baseline(name, None, found))
+        else:
+            compared.append(Baseline(name, try_plan(problem, found, items)))
+    everything = tried + [b.tried for b in compared if b.tried is not None]
+    best = best_tried(problem, everything)
+    return Choice(
+        goal=goal_of(problem),
+        best=best,
+        others=tuple(t for t in tried if t is not best),
+        baselines=tuple(compared),
+        front=tuple(pareto(everything)),
+        considered=len(scored),
+        search_s=searched - began,
+        trial_s=time.perf_counter() - searched,
+    )
+
+
+def as_json(choice: Choice) -> dict[str, Any]:
+    """The choice as plain data."""
+    return {
+        "goal": choice.goal,
+        "plan": choice.best.plan.name,
+        "predicted": figures(choice.best),
+        "alternatives": [figures(t) for t in choice.others],
+        "baselines": [
+            {"name": b.name, "reason": b.reason} if b.tried is None else {**figures(b.tried), "name": b.name}
+            for b in choice.baselines
+        ],
+        "front": [figures(t) for t in choice.front],
+        "plans_scored": choice.considered,
+        "search_s": choice.search_s,
+        "simulate_s": choice.trial_s,
+    }
+
+
+def figures(t: Tried) -> dict[str, Any]:
+    """A tried plan in figures; seconds, bytes, per second."""
+    out: dict[str, Any] = {
+        "name": t.plan.name,
+        "devices": list(t.plan.devices()),
+        "capacity_tok_s": t.load.tokens_s,
+        "capacity_req_s": t.load.requests_s,
+    }
+    for name in ("requests", "refused", "duration_s", "tokens_s", "requests_s", "goodput", "met"):
+        out[name] = getattr(t, name)
+    for name in ("ttft", "tpot", "e2e"):
+        out[f"{name}_s"] = structs.asdict(getattr(t, name))
+    out |= {
+        "weights_bytes": int(t.memory),
+        "kv_tokens": t.kv_tokens,
+        "max_num_batched_tokens": t.max_num_batched_tokens,
+    }
+    return out

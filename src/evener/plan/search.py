@@ -1,0 +1,188 @@
+"""Finds plans: every plan of a few devices, good ones of many, each scored by the cost model of the whole plan."""
+
+import itertools
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from evener.cost.rates import hardware
+from evener.errors import InvalidPlan
+from evener.plan.capacity import Load, plan_load, plan_times, replica_capacity
+from evener.plan.default import equal_plan
+from evener.plan.few import MOST_DEVICES, plans_of_few
+from evener.plan.many import plans_of_many
+from evener.plan.pipeline import Candidate
+from evener.plan.problem import Problem
+from evener.plan.stages import Stages
+from evener.spec.cluster import Device
+from evener.spec.memory import block_bytes, kv_blocks, weight_bytes, workspace_bytes
+from evener.spec.model import DTYPE_BYTES
+from evener.spec.plan import Plan, Replica, Stage, validate
+from evener.units import human_bytes
+
+SHORTLIST = 24
+"""Plans scored exactly, for each of two orders of merit."""
+MOST_WORKER_SETS = 8
+
+
+class Scored(Struct, frozen=True):
+    """A plan and what the cost model predicts for it."""
+
+    plan: Plan
+    load: Load
+
+
+def score(problem: Problem, plan: Plan) -> Scored:
+    """Predict a whole plan from its own cost model. Raises InvalidPlan when it cannot work or hold the traffic."""
+    validate(plan, problem.model, problem.cluster)
+    costs = problem.costs(plan)
+    capacities = []
+    for r, replica in enumerate(plan.replicas):
+        times, delay = plan_times(costs, r, len(replica.stages))
+        capacities.append(replica_capacity(problem, times, plan_blocks(problem, replica), delay))
+    return Scored(plan, plan_load(capacities, problem.demand.rate, problem.demand.output_tokens))
+
+
+def plan_blocks(problem: Problem, replica: Replica) -> int:
+    """KV blocks of a replica, no more than its sequences can use. Raises InvalidPlan with the shortage in bytes."""
+    blocks = kv_blocks(replica, problem.model, problem.cluster, problem.memory, problem.kv_bytes)
+    need = problem.least_blocks()
+    if blocks < need:
+        tokens = problem.demand.longest
+        raise InvalidPlan(
+            f"a replica holds {blocks} KV blocks, the longest request ({tokens} tokens) needs {need}: "
+            f"{_kv_shortage(problem, replica, need)} bytes short; give more memory, more stages or shards, or "
+            "shorter requests"
+        )
+    return min(blocks, problem.max_num_seqs * need)
+
+
+def _kv_shortage(problem: Problem, replica: Replica, need: int) -> int:
+    short = 0
+    for stage in replica.stages:
+        for shard in stage.shards:
+            per_block = block_bytes(shard, stage, problem.model, problem.memory)
+            declared = problem.cluster.device(shard.device).memory
+            room: int | None = problem.kv_bytes
+            if declared is not None:
+                room = declared - weight_bytes(shard, stage, problem.model, problem.memory.dtype) - workspace_bytes(
+                    shard, problem.model, problem.memory)  # fmt: skip
+            short += max(0, need * per_block - (room or 0))
+    return short
+
+
+def search(problem: Problem) -> list[Scored]:
+    """Plans worth a simulation, the one that serves the most first. Raises InvalidPlan when nothing fits."""
+    found: dict[tuple[Replica, ...], tuple[Candidate, ...]] = {}
+    for among in worker_sets(problem.cluster.devices):
+        stages = Stages(problem, among)
+        names = [d.name for d in among]
+        plans = plans_of_few(problem, stages, names) if len(names) <= MOST_DEVICES else plans_of_many(problem, stages)
+        for candidates in plans:
+            found.setdefault(tuple(c.replica for c in candidates), candidates)
+    if not found:
+        raise InvalidPlan(shortage(problem))
+    rate, tokens = problem.demand.rate, problem.demand.output_tokens
+    loads = [(plan_load([c.capacity for c in cs], rate, tokens), cs) for cs in found.values()]
+    by_rate = sorted(range(len(loads)), key=lambda k: -loads[k][0].requests_s)
+    by_time = sorted(range(len(loads)), key=lambda k: loads[k][0].e2e)
+    # A lone device works at its own pace, without others on the memory bus: its estimate above is too low.
+    lone = [k for k, (_, cs) in enumerate(loads) if sum(len(c.devices) for c in cs) == 1]
+    scored = []
+    for k in dict.fromkeys([*by_rate[:SHORTLIST], *by_time[:SHORTLIST], *lone]):
+        replicas = tuple(c.replica for c in loads[k][1])
+        try:
+            scored.append(score(problem, Plan(replicas, name=describe_shape(replicas))))
+        except InvalidPlan:
+            continue  # the estimate of memory and the account of the runtime differ by a block: not a plan
+    if not scored:
+        raise InvalidPlan(shortage(problem))
+    return sorted(scored, key=lambda s: (-s.load.requests_s, s.load.e2e, len(s.plan.devices()), s.plan.devices()))
+
+
+def worker_sets(devices: Sequence[Device]) -> list[tuple[Device, ...]]:
+    """Sets of workers to search, where several share hardware: with one, two, ... of the workers of each.
+
+    Workers on one core each get a share of it, so leaving one out makes the others faster.
+    """
+    shared: dict[tuple[str, str], list[Device]] = {}
+    for d in devices:
+        shared.setdefault((d.host, hardware(d)), []).append(d)
+    counts = [range(len(group), 0, -1) for group in shared.values()]
+    out = []
+    for chosen in itertools.islice(itertools.product(*counts), MOST_WORKER_SETS):
+        names = {d.name for n, group in zip(chosen, shared.values(), strict=True) for d in group[:n]}
+        out.append(tuple(d for d in devices if d.name in names))
+    return out
+
+
+def describe_shape(replicas: Sequence[Replica]) -> str:
+    """`tp2-pp3` for one replica, `2 x pp3 + tp2` for several; what is 1 is left out."""
+    shapes = []
+    for replica in replicas:
+        sizes = [len(s.shards) for s in replica.stages]
+        if len(set(sizes)) > 1:
+            shape = "pp(" + ",".join(f"tp{n}" for n in sizes) + ")"
+        else:
+            parts = [f"tp{sizes[0]}"] if sizes[0] > 1 else []
+            parts += [f"pp{len(sizes)}"] if len(sizes) > 1 else []
+            shape = "-".join(parts) or "one"
+        shapes.append(shape)
+    counted = {s: shapes.count(s) for s in dict.fromkeys(shapes)}
+    return " + ".join(f"{n} x {s}" if n > 1 else s for s, n in counted.items())
+
+
+def shortage(problem: Problem) -> str:
+    """Why no plan fits: what one replica needs at least, what the devices hold together, and the difference."""
+    model, memory = problem.model, problem.memory
+    (whole,) = equal_plan(model, problem.cluster.devices[:1], 1, 1, 1).replicas[0].stages
+    shard = whole.shards[0]
+    stage = Stage((0, model.layers), whole.shards)
+    weights = weight_bytes(shard, stage, model, memory.dtype)
+    kv = block_bytes(shard, stage, model, memory) * problem.least_blocks()
+    declared = [d.memory for d in problem.cluster.devices if d.memory is not None]
+    have = sum(declared)
+    work = workspace_bytes(shard, model, memory)
+    if len(declared) < len(problem.cluster.devices):
+        return (
+            f"no plan fits: the KV of the longest request ({problem.demand.longest} tokens) needs {human_bytes(kv)}, a "
+            f"device has {human_bytes(problem.kv_bytes or 0)} for KV; give more KV memory, or shorten the requests"
+        )
+    need = weights + kv
+    lack = max(need + work - max(declared, default=0) if len(declared) == 1 else need - have, 0)
+    what = (
+        f"weights {human_bytes(weights)}, KV of the longest request ({problem.demand.longest} tokens) "
+        f"{human_bytes(kv)}, activations of up to {human_bytes(work)} per device"
+    )
+    if lack:
+        return (
+            f"the model does not fit: one replica needs {what}; the {len(declared)} devices declare "
+            f"{human_bytes(have)}: {lack} bytes short; add devices or memory, or use a smaller dtype"
+        )
+    smallest = min(declared)
+    return (
+        f"the model does not fit: one replica needs {what}; the {len(declared)} devices declare {human_bytes(have)} "
+        f"together (the smallest {human_bytes(smallest)}), but no split leaves every one of them its part with "
+        f"workspace: {_nearest(problem)}; add memory or devices, or use a smaller dtype"
+    )
+
+
+def _nearest(problem: Problem) -> str:
+    """The shortage of the pipeline over all devices, in bytes: layers in proportion to what each can hold."""
+    stages = Stages(problem, problem.cluster.devices)
+    names = [d.name for d in problem.cluster.devices]
+    held, slack = 0, 0
+    for k, name in enumerate(names):
+        option = stages.option((name,), first=k == 0, last=k == len(names) - 1)
+        if option is not None:
+            held += option.most_layers(problem.least_blocks())
+            slack = max(slack, *(layer + problem.least_blocks() * block for _, layer, block in option.rooms))
+    missing = max(1, problem.model.layers - held)
+    per_layer = slack or weight_bytes_of_layer(problem)
+    return f"they hold {held} of {problem.model.layers} layers, {missing * per_layer} bytes short"
+
+
+def weight_bytes_of_layer(problem: Problem) -> int:
+    """Bytes of one layer's weights and of the KV of the longest request in it."""
+    kv = problem.model.kv_bytes_per_token(problem.memory.kv_dtype) // problem.model.layers
+    return problem.model.layer_params() * DTYPE_BYTES[problem.memory.dtype] + kv * problem.demand.longest

@@ -1,0 +1,175 @@
+"""What a group of devices can be as one stage: its split, its time by layers, its memory by layers.
+
+A stage's time is taken from the cost model itself, as a fixed part and a part per layer: two trial replicas with one
+layer and two give both. Groups of equal devices are interchangeable, so each kind of group is priced once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from msgspec import structs
+
+from evener.cost.base import BatchShape, CostModel
+from evener.cost.rates import Profile, bind
+from evener.cost.roofline import DeviceCosts
+from evener.errors import InvalidPlan
+from evener.plan.default import FFN_UNIT, split_stage
+from evener.plan.problem import Problem
+from evener.spec.cluster import Device
+from evener.spec.links import Links
+from evener.spec.memory import block_bytes, weight_bytes, workspace_bytes
+from evener.spec.plan import Plan, Replica, Shard, Stage, head_unit, split_by_weight
+from evener.units import NS_PER_S, Bytes
+
+Group = tuple[str, ...]
+"""Names of the devices of one stage."""
+
+
+@dataclass
+class StageOption:
+    """One group in one place of a pipeline. Times and memory are linear in its layers."""
+
+    shards: tuple[Shard, ...]
+    costs: CostModel
+    at: int
+    """Index of the stage within the two trial replicas."""
+    rooms: tuple[tuple[int, int, int], ...]
+    """Per shard: bytes for layers and KV, bytes per layer, bytes per layer and KV block."""
+    delay_ns: int = 0
+    """Of the slowest link to the next stage."""
+    _known: dict[BatchShape, tuple[int, int]] = field(default_factory=dict)
+
+    def times(self, shape: BatchShape) -> tuple[int, int]:
+        """(nanoseconds without layers, nanoseconds per layer) for a batch."""
+        got = self._known.get(shape)
+        if got is None:
+            one, two = self.costs.stage_ns(0, self.at, shape), self.costs.stage_ns(1, self.at, shape)
+            got = self._known[shape] = (2 * one - two, two - one)
+        return got
+
+    def most_layers(self, blocks: int) -> int:
+        """Layers that leave room for so many KV blocks on every shard; 0 when not even one does."""
+        return min(max(0, room // (layer + blocks * block)) if layer + blocks * block else 1 << 30
+                   for room, layer, block in self.rooms)  # fmt: skip
+
+    def blocks(self, layers: int) -> int:
+        """KV blocks that fit beside so many layers: the fewest over the shards; a shard without KV heads holds any."""
+        fewest = 1 << 60
+        for room, layer, block in self.rooms:
+            left = room - layers * layer
+            if left < 0:
+                return 0
+            if block:
+                fewest = min(fewest, left // (layers * block))
+        return fewest
+
+
+class Stages:
+    """Prices groups of devices; `among` are the devices that work at the same time."""
+
+    def __init__(self, problem: Problem, among: Sequence[Device]) -> None:
+        self.problem = problem
+        self.among = tuple(among)
+        self.profile: Profile = bind(problem.profile, among)
+        self.devices = {d.name: d for d in among}
+        self.order = {d.name: k for k, d in enumerate(among)}
+        self._declared = Links(problem.cluster.links)
+        self._kinds: dict[object, int] = {}
+        self.kind = {d.name: self._kind_of(d) for d in among}
+        """Devices of the same kind are interchangeable but for their links."""
+        self._options: dict[object, StageOption | None] = {}
+        self._shape = problem.demand.settled(min(problem.max_num_seqs, 32))
+
+    def _kind_of(self, d: Device) -> int:
+        rates = structs.replace(self.profile.device(d.name), name="", hardware="", peers=())
+        key = (rates, d.memory)
+        return self._kinds.setdefault(key, len(self._kinds))
+
+    def option(self, group: Group, *, first: bool, last: bool, onward: Group = ()) -> StageOption | None:
+        """The group as a stage, in front of `onward`; None when no split of it fits its memory."""
+        kinds = tuple(self.kind[n] for n in group)
+        onward_size = len(onward) if self.problem.cluster.links else 0
+        inside, outward = self._links(group, group), self._links(group, onward)
+        key = (kinds, first, last, inside, onward_size, outward)
+        if key not in self._options:
+            self._options[key] = self._price(group, first, last, onward)
+        known = self._options[key]
+        if known is None:
+            return None
+        named = tuple(structs.replace(sh, device=n) for sh, n in zip(known.shards, group, strict=True))
+        delay = round(max((delay for delay, _ in outward), default=0.0) * NS_PER_S)
+        return StageOption(named, known.costs, known.at, known.rooms, delay, known._known)
+
+    def _links(self, a: Group, b: Group) -> tuple[tuple[float, float], ...]:
+        """(delay, bandwidth) of the declared links between two groups, or inside one."""
+        found = {(float(x.delay), x.bandwidth or 0.0) for x in self._declared.between(a, b)}
+        return tuple(sorted(found))
+
+    def _price(self, group: Group, first: bool, last: bool, onward: Group) -> StageOption | None:
+        problem, model = self.problem, self.problem.model
+        try:
+            costs = [
+                DeviceCosts(self.profile.device(n), model, alone=False, dtype=problem.memory.dtype,
+                            kv_dtype=problem.memory.kv_dtype)
+                for n in group
+            ]  # fmt: skip
+            by_speed = split_stage(model, list(group), costs, self._shape, first=first, last=last)
+        except InvalidPlan:
+            return None
+        rooms = self._rooms(by_speed)
+        shards = by_speed
+        if min(room // max(1, layer + block) for room, layer, block in rooms) < 1:
+            by_memory = self._split_by_memory(group, first, last)
+            if by_memory is None:
+                return None
+            shards, rooms = by_memory, self._rooms(by_memory)
+            if min(room // max(1, layer + block) for room, layer, block in rooms) < 1:
+                return None
+        replicas = []
+        before = [Stage((0, 1), shards)] if not first and len(group) > 1 else []
+        after = [] if last else [self._after(group, onward)]
+        for n in (1, 2):
+            replicas.append(Replica((*before, Stage((0, n), shards), *after)))
+        model_costs = problem.costs(Plan(tuple(replicas)), self.among)
+        return StageOption(shards, model_costs, len(before), rooms)
+
+    def _after(self, group: Group, onward: Group) -> Stage:
+        """A stage behind this one, so that the link to it is priced; which splits it has does not matter."""
+        model = self.problem.model
+        names = onward or group
+        rest = tuple(Shard(n, (0, 0), (0, 0)) for n in names[1:])
+        return Stage((0, 1), (Shard(names[0], (0, model.heads), (0, model.ffn), (0, 0), (0, model.vocab)), *rest))
+
+    def _rooms(self, shards: tuple[Shard, ...]) -> tuple[tuple[int, int, int], ...]:
+        problem, model, memory = self.problem, self.problem.model, self.problem.memory
+        rooms: list[tuple[int, int, int]] = []
+        for shard in shards:
+            none, one = Stage((0, 0), shards), Stage((0, 1), shards)
+            outside = weight_bytes(shard, none, model, memory.dtype)
+            layer = weight_bytes(shard, one, model, memory.dtype) - outside
+            block = block_bytes(shard, one, model, memory)
+            declared = self.devices[shard.device].memory
+            if declared is not None:
+                room = declared - outside - workspace_bytes(shard, model, memory)
+                # A declared memory holds weights and KV; --kv-cache-memory bounds the KV besides.
+                rooms.append((room, layer, block))
+            else:
+                kv = problem.kv_bytes
+                rooms.append((1 << 60, 0, 0) if kv is None else (kv, 0, block))
+        return tuple(rooms)
+
+    def _split_by_memory(self, group: Group, first: bool, last: bool) -> tuple[Shard, ...] | None:
+        """Heads, columns and vocabulary rows in proportion to declared memory, for when the fast have little of it."""
+        declared = [self.devices[n].memory for n in group]
+        if None in declared:
+            return None
+        weights = [float(Bytes(m or 0)) for m in declared]
+        model = self.problem.model
+        heads = split_by_weight(model.heads, weights, head_unit(model))
+        ffn = split_by_weight(model.ffn, weights, model.quant_group)
+        vocab = split_by_weight(model.vocab, weights, FFN_UNIT if model.vocab >= FFN_UNIT * len(group) else 1)
+        none = (0, 0)
+        return tuple(
+            Shard(n, heads[k], ffn[k], vocab[k] if first else none, vocab[k] if last else none)
+            for k, n in enumerate(group)
+        )
