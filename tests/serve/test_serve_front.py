@@ -9,7 +9,7 @@ from openai import AsyncOpenAI, AuthenticationError, NotFoundError
 
 from bad_requests import BadRequest, Server, bad_requests
 from evener.errors import InvalidInput
-from evener.serve import FrontConfig, create_app
+from evener.serve import FrontConfig
 
 pytestmark = pytest.mark.anyio
 Http = Callable[..., httpx2.AsyncClient]
@@ -170,10 +170,53 @@ async def test_metrics(http: Http) -> None:
     assert version[0].isdigit()
 
 
-@pytest.mark.parametrize("settings", [{"served_model_names": ()}, {"api_key": ""}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"served_model_names": ()},
+        {"served_model_names": ("",)},
+        {"api_key": ""},
+        {"allowed_origins": ("localhost:3000",)},
+        {"allowed_origins": ("http://a/path",)},
+    ],
+)
 def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
-    from fake import tiny_tokenizer
+    with pytest.raises(InvalidInput, match="give"):
+        FrontConfig(**{"served_model_names": (MODEL,), "eos_token_ids": (1,), **settings})
 
-    config = FrontConfig(**{"served_model_names": (MODEL,), "eos_token_ids": (1,), **settings})
-    with pytest.raises(InvalidInput):
-        create_app(FakeEngine(), tiny_tokenizer(), config)
+
+async def test_request_id_is_the_clients_or_the_answers(client: Client, http: Http) -> None:
+    api = client(FakeEngine())
+    done = await api.completions.create(model=MODEL, prompt="hi")
+    assert done.id == f"cmpl-{done._request_id}" and len(done._request_id) == 24
+    chat = await api.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hi"}])
+    assert chat.id == f"chatcmpl-{chat._request_id}" != f"chatcmpl-{done._request_id}"
+    mine = await api.completions.create(model=MODEL, prompt="hi", extra_headers={"X-Request-Id": "trace/7"})
+    assert mine._request_id == "trace/7" and "trace" not in mine.id
+    async with http(FakeEngine(), api_key="right") as plain:
+        for headers, status in (({}, 401), ({"authorization": "Bearer right"}, 200)):
+            answer = await plain.get("/v1/models", headers={**headers, "x-request-id": "trace-8"})
+            assert (answer.status_code, answer.headers["x-request-id"]) == (status, "trace-8")
+        for bad in (b"a" * 129, b"two words", b"\xff"):
+            answer = await plain.get("/health", headers=[(b"x-request-id", bad)])
+            assert len(answer.headers["x-request-id"]) == 24
+
+
+async def test_web_pages_read_answers_only_where_their_origin_is_allowed(http: Http) -> None:
+    page = {"origin": "http://localhost:3000"}
+    preflight = {**page, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    body = {"prompt": "hi"}
+    async with http(FakeEngine()) as closed:
+        answer = await closed.post("/v1/completions", json=body, headers=page)
+        assert "access-control-allow-origin" not in answer.headers
+        assert (await closed.options("/v1/completions", headers=preflight)).status_code == 405
+    async with http(FakeEngine(), allowed_origins=(page["origin"],), api_key="right") as opened:
+        asked = await opened.options("/v1/completions", headers=preflight)  # without the key, as browsers do
+        assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, page["origin"])
+        key = {"authorization": "Bearer right"}
+        answer = await opened.post("/v1/completions", json=body, headers={**page, **key})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, page["origin"])
+        other = await opened.post("/v1/completions", json=body, headers={"origin": "http://evil.example", **key})
+        assert "access-control-allow-origin" not in other.headers
+        refused = await opened.post("/v1/completions", json=body, headers=page)
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, page["origin"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec import structs
 
 from evener.api import EngineOptions, describe, prepare, start_engine
 from evener.cli.engine_options import with_engine_options
@@ -26,6 +27,13 @@ def serve(
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What clients call the model. Repeatable.", show_default="the model's own")
     ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Web origins that may read answers (CORS), like http://localhost:3000; * for any. Repeatable.",
+            show_default="none",
+        ),
+    ] = None,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file used instead of the model's own.")] = None,
 ) -> None:
     """Serve a model over one or several devices with OpenAI's API."""
@@ -35,7 +43,8 @@ def serve(
             template = chat_template.read_text()
         except OSError as error:
             raise InvalidInput(f"chat template {chat_template}: {error.strerror}; give a readable file") from error
-    asyncio.run(_serve(options, host, port, api_key, tuple(served_model_name or ()), template))
+    names, origins = tuple(served_model_name or ()), tuple(allowed_origins or ())
+    asyncio.run(_serve(options, host, port, api_key, names, origins, template))
 
 
 def _say(text: str) -> None:
@@ -43,11 +52,20 @@ def _say(text: str) -> None:
 
 
 async def _serve(
-    options: EngineOptions, host: str, port: int, api_key: str | None, names: tuple[str, ...], template: str | None
+    options: EngineOptions,
+    host: str,
+    port: int,
+    api_key: str | None,
+    names: tuple[str, ...],
+    origins: tuple[str, ...],
+    template: str | None,
 ) -> None:
     prepared = prepare(options)
     source = prepared.source
-    names = names or (source.name,)
+    config = FrontConfig(
+        served_model_names=names or (source.name,), eos_token_ids=(), api_key=api_key, allowed_origins=origins,
+        chat_template=template,
+    )  # fmt: skip
     _say(f"evener: {source.name}, {prepared.plan.name}, policy {options.policy}")
     for line in describe(prepared.plan):
         _say(f"  {line}")
@@ -62,10 +80,9 @@ async def _serve(
     starting = asyncio.create_task(start_engine(prepared=prepared, progress=lambda text: _say(f"  {text}")))
     # The tokenizer loads while the workers do.
     tokenizer = await asyncio.to_thread(source.tokenizer)
-    eos = source.eos_token_ids
+    config = structs.replace(config, eos_token_ids=source.eos_token_ids)
     engine = await starting
     try:
-        config = FrontConfig(served_model_names=names, eos_token_ids=eos, api_key=api_key, chat_template=template)
         app = create_app(engine, tokenizer, config)
         await run(app, host, port, listener=listener, ready=lambda p: _say(f"evener: ready on http://{host}:{p}/v1"))
     finally:

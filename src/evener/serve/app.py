@@ -2,15 +2,18 @@
 
 import asyncio
 import hmac
+import re
+import secrets
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from evener.errors import InvalidInput, Unauthorized, Unavailable
+from evener.errors import Unauthorized, Unavailable
 from evener.execute.base import Engine
 from evener.serve import chat, completions, errors, health, metrics, models, tokenize
 from evener.serve.front import VERSION, Front, FrontConfig
@@ -20,17 +23,15 @@ from evener.serve.wire import components
 
 OPEN_PATHS = frozenset({"/health"})
 """Paths that need no API key."""
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+"""A client's own x-request-id that is sent back."""
 
 
 def create_app(engine: Engine, tokenizer: Tokenizer, config: FrontConfig) -> FastAPI:
     """The front over a running engine, which stays the caller's to close.
 
-    Raises InvalidInput for settings that cannot be, UnsupportedModel for a tokenizer that is not understood.
+    Raises UnsupportedModel for a tokenizer that is not understood.
     """
-    if not config.served_model_names:
-        raise InvalidInput("no served model name was given; give at least one")
-    if config.api_key == "":
-        raise InvalidInput("the API key is empty; give one, or none to serve without")
     front = Front(engine, tokenizer, config)
 
     @asynccontextmanager
@@ -45,6 +46,11 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: FrontConfig) -> Fas
         app.include_router(room.router(front))
     app.include_router(metrics.router(front.metrics))
     app.add_middleware(Gate, api_key=config.api_key, metrics=front.metrics)
+    if config.allowed_origins:  # outside the gate: a browser's preflight carries no key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )  # fmt: skip
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -58,7 +64,11 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: FrontConfig) -> Fas
 
 
 class Gate:
-    """Asks for the API key before anything of the request is read, and counts every answer."""
+    """Asks for the API key before anything of the request is read; names and counts every answer.
+
+    The header `x-request-id` (OpenAI's client shows it as `_request_id`) is the client's own, or else the id that the
+    answer's `id` ends with.
+    """
 
     def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics) -> None:
         self._app = app
@@ -72,6 +82,9 @@ class Gate:
             return
 
         started = False
+        made = scope.setdefault("state", {})["id"] = secrets.token_hex(12)
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = given if _REQUEST_ID.fullmatch(given) else made.encode()
 
         async def counted(message: Message) -> None:
             nonlocal started
@@ -79,6 +92,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 route = scope.get("route")
                 self._metrics.answered(getattr(route, "path", "other"), message["status"])
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
             await send(message)
 
         if self._key is not None and scope["path"] not in OPEN_PATHS and not self._authorised(scope):

@@ -17,7 +17,7 @@ from evener.serve.generation import Delta, Generation, TokenText
 from evener.serve.messages import Message, chat_prompt, check_messages
 from evener.serve.params import MAX_TOKENS, GenerationFields, check_length, check_top_logprobs
 from evener.serve.vocabulary import Vocabulary
-from evener.serve.wire import Usage, declare, new_id
+from evener.serve.wire import Usage, declare
 
 
 class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
@@ -141,7 +141,7 @@ def router(front: Front) -> APIRouter:
             check_top_logprobs(body.top_logprobs, front.engine.max_top_logprobs, "top_logprobs")
         prompt = await chat_prompt(front, body)
         max_tokens = check_length(len(prompt), _wanted(body), None, front.engine.max_model_len, "messages")
-        request_id = new_id("chatcmpl")
+        request_id = f"chatcmpl-{request.state.id}"
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         choices = front.choices(request_id, [prompt], [max_tokens], body, logprobs=logprobs)
         generation = Generation(front.engine, front.metrics, choices, arrived)

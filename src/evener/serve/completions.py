@@ -19,7 +19,7 @@ from evener.serve.front import Front
 from evener.serve.generation import Delta, Generation, TokenText
 from evener.serve.params import MAX_TOKENS, GenerationFields, check_length, check_tokens, check_top_logprobs
 from evener.serve.vocabulary import Vocabulary
-from evener.serve.wire import Usage, declare, new_id
+from evener.serve.wire import Usage, declare
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -86,7 +86,7 @@ def router(front: Front) -> APIRouter:
         texts, prompts = await _prompts(front, body)
         limit = front.engine.max_model_len
         max_tokens = [check_length(len(p), body.max_tokens, DEFAULT_MAX_TOKENS, limit, "prompt") for p in prompts]
-        request_id = new_id("cmpl")
+        request_id = f"cmpl-{request.state.id}"
         prompt_logprobs = body.logprobs if body.echo else None
         choices = front.choices(
             request_id, prompts, max_tokens, body, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs

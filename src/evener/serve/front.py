@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -11,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from evener.engine.request import Request
-from evener.errors import InvalidRequest
+from evener.errors import InvalidInput, InvalidRequest
 from evener.execute.base import Engine
 from evener.serve.detokenize import Detokenizer
 from evener.serve.generation import Choice
@@ -22,12 +23,13 @@ from evener.serve.vocabulary import Tokenizer, Vocabulary
 VERSION = version("evener")
 INLINE_CHARS = 4096
 """Texts up to this length are tokenised at once (below a millisecond); longer ones in a thread."""
+_ORIGIN = re.compile(r"\*|https?://[^/\s]+")
 MAX_SEQUENCES = 1024
 """Prompts times choices of one client request."""
 
 
 class FrontConfig(Struct, frozen=True, kw_only=True):
-    """Settings of the HTTP front."""
+    """Settings of the HTTP front. Raises InvalidInput for what cannot be."""
 
     served_model_names: tuple[str, ...]
     """What clients may call the model; the first is shown in answers."""
@@ -35,9 +37,23 @@ class FrontConfig(Struct, frozen=True, kw_only=True):
     """Tokens that end a sequence, unless the client says ignore_eos."""
     api_key: str | None = None
     """Asked for as `Authorization: Bearer`; None: open."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose web pages may read answers (CORS), like `http://localhost:3000`; `*`: any. None by default, for a
+    page from anywhere could use a server without a key."""
     max_body_bytes: int = 8 * 2**20
     chat_template: str | None = None
     """Jinja text used instead of the tokenizer's own."""
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names or not all(self.served_model_names):
+            raise InvalidInput("a served model name is missing or empty; give at least one character")
+        if self.api_key == "":
+            raise InvalidInput("the API key is empty; give one, or none to serve without")
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise InvalidInput(
+                    f"allowed origin {origin!r} is not an origin; give http://HOST[:PORT], https://HOST[:PORT] or *"
+                )
 
 
 class Front:

@@ -1,6 +1,5 @@
 """Parts of OpenAI's formats that completions and chat share."""
 
-import secrets
 from typing import Any
 
 import msgspec
@@ -33,11 +32,6 @@ def usage(choices: list[Choice], n: int) -> Usage:
     completion = sum(c.n_tokens for c in choices)
     cached = sum(c.cached_tokens for c in firsts)
     return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
-
-
-def new_id(prefix: str) -> str:
-    """`cmpl-` or `chatcmpl-` and 24 random hex digits."""
-    return f"{prefix}-{secrets.token_hex(12)}"
 
 
 SCHEMAS: list[Any] = []
