@@ -110,12 +110,12 @@ def make_of(rng: random.Random, mixed: bool) -> tuple[MakeUp, int]:
 
 def make_span(rng: random.Random, at: tuple[int, int, int], batch_id: int, began: int) -> Span:
     """A span of random parts that begins at `began`."""
-    parts = [rng.choice([0, rng.randint(0, 20)]) for _ in range(6)]
-    compute, contended, straggler, transfer, bubble, _ = (Nanoseconds(p) for p in parts)
+    parts = [rng.choice([0, rng.randint(0, 20)]) for _ in range(7)]
+    compute, contended, straggler, transfer, bubble, host, _ = (Nanoseconds(p) for p in parts)
     traffic = (Traffic(Op.ALL_REDUCE, 2, 64, straggler, transfer),) if transfer else ()
     return Span(
         *at, 3, batch_id, Nanoseconds(began), Nanoseconds(began + sum(parts)), compute, compute, contended, straggler,
-        transfer, bubble, Nanoseconds(rng.choice([0, rng.randint(0, 9)])), traffic=traffic,
+        transfer, bubble, Nanoseconds(rng.choice([0, rng.randint(0, 9)])), host=host, traffic=traffic,
     )  # fmt: skip
 
 
@@ -218,10 +218,10 @@ def explain(history: History, case: Case, r: int, s: int, k: int) -> Counter[Cau
     mine = [(b, x) for b, life in enumerate(lives) for x in life.spans if (x.stage, x.rank) == (s, k)]
     whole = [(b, x) for b, x in mine if down is None or x.ended <= down]
     for _, x in whole:
-        for cause in (Cause.CONTENDED, Cause.STRAGGLER, Cause.TRANSFER, Cause.BUBBLE):
+        for cause in (Cause.CONTENDED, Cause.STRAGGLER, Cause.TRANSFER, Cause.BUBBLE, Cause.HOST):
             causes[cause] += getattr(x, cause.label)
         causes[Cause.UNATTRIBUTED] += x.ended - x.began - (
-            x.compute + x.contended + x.straggler + x.transfer + x.bubble
+            x.compute + x.contended + x.straggler + x.transfer + x.bubble + x.host
         )  # fmt: skip
     inside = {t for _, x in whole for t in range(x.began, x.ended)}
     for t in range(START, history.now):

@@ -55,7 +55,7 @@ class Ledger:
         self.plan = plan
         self.start = start
         self.now = start
-        """The latest time that the ledger heard of."""
+        """The latest time that the ledger heard of. A simulator may tell of one replica later than of another."""
         self.resolution = resolution
         self._waiting = History(start, False)
         self._waiting_forget_at = 1024
@@ -77,22 +77,22 @@ class Ledger:
 
     def issued(self, replica: int, batch_id: int, now: Nanoseconds, made_of: MakeUp) -> None:
         """A batch was handed over. Repeated steps that one span covers are told once, as their first."""
-        self.now = now
         self._replicas[replica].issued(batch_id, now, made_of)
 
     def done(self, replica: int, batch_id: int, now: Nanoseconds, late_rows: int) -> None:
         """Its result was consumed."""
-        self.now = now
+        if now > self.now:
+            self.now = now
         self._replicas[replica].done(batch_id, now, late_rows)
 
     def state(self, replica: int, now: Nanoseconds, hold: HoldKind, unfinished: bool, short_of_kv: bool) -> None:
         """What the replica is in from `now` on. While it is down this takes effect with `up`."""
-        self.now = now
+        self.now = max(self.now, now)
         self._replicas[replica].state(now, hold, unfinished, short_of_kv)
 
     def waiting(self, now: Nanoseconds, anybody: bool) -> None:
         """Whether any request waits at any replica from `now` on."""
-        self.now = now
+        self.now = max(self.now, now)
         self._waiting.change(now, anybody)
         if len(self._waiting) >= self._waiting_forget_at:
             self.settle(now)
@@ -101,12 +101,12 @@ class Ledger:
 
     def down(self, replica: int, now: Nanoseconds, reason: str) -> None:
         """The replica computes nothing from `now` on; what it had in flight was in vain."""
-        self.now = now
+        self.now = max(self.now, now)
         self._replicas[replica].down(now, reason)
 
     def request(self, request_id: str, replica: int, now: Nanoseconds, what: Milestone, tokens: int) -> None:
         """A request reached a milestone."""
-        self.now = now
+        self.now = max(self.now, now)
         self._requests.tell(request_id, Step(what, now, replica, tokens))
         if what == Milestone.FIRST_TOKEN:
             return
@@ -130,7 +130,7 @@ class Ledger:
 
     def up(self, replica: int, now: Nanoseconds) -> None:
         """Loading (or mending) is over."""
-        self.now = now
+        self.now = max(self.now, now)
         self._replicas[replica].up(now)
         self._replicas[replica].settle(now)
 
