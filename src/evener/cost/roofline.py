@@ -186,9 +186,10 @@ def _links_ns(links: list[Link], nbytes: NDArray[np.int64], ranks: int = 2) -> F
     Yuan, 2009); between two ranks that is one of each, as for a message sent.
     """
     delays, volume = math.ceil(math.log2(ranks)), nbytes * (2e9 * (ranks - 1) / ranks)
-    return _slowest(
-        [_none(nbytes), *(delays * link.delay * 1e9 + volume / (link.bandwidth or np.inf) for link in links)]
-    )
+    times: list[Floats] = [_none(nbytes)]
+    for link in links:
+        times.append(volume / (link.bandwidth or math.inf) + delays * link.delay * 1e9)
+    return _slowest(times)
 
 
 def _no_delay(link: Link) -> Link:

@@ -4,7 +4,7 @@ Rates of matrix products are those without sparsity, with 32-bit accumulation; b
 direction. No device reaches its peaks: what share is assumed to be reached is said in `evener.cost.published`.
 """
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from evener.errors import InvalidDevice
 from evener.units import Bytes
@@ -23,6 +23,8 @@ class Peaks(Struct, frozen=True):
     """How it reaches its neighbours in one host: a key of `HOST_LINKS`."""
     source: str = ""
     """The data sheet."""
+    name: str = ""
+    """Key of `PUBLISHED`; empty for peaks that a user gave."""
 
     def flop_rate(self, dtype: str) -> float | None:
         """Flop/s of that dtype; None where the device has no such units."""
@@ -85,6 +87,9 @@ PUBLISHED: dict[str, Peaks] = {
     "mi300x": _sheet("AMD Instinct MI300X data sheet (2023)", 192, 5300, "infinity-fabric", fp32=163.4, half=1307.4,
                      int8=2614.9, fp8=2614.9),
 }  # fmt: skip
+
+
+PUBLISHED = {name: structs.replace(sheet, name=name) for name, sheet in PUBLISHED.items()}
 
 
 def published(name: str) -> Peaks:

@@ -1,0 +1,245 @@
+"""A cost model from measured operator latencies of devices that are not at hand. Pure: the tables come as arrays.
+
+`evener.profile.aiconfigurator` reads them from the package `aiconfigurator-core` (the extra `tables`). What is used:
+
+    GEMM by (rows, columns, depth) and dtype    interpolated in the logarithms of columns and depth, and in rows
+    attention of prefill and of decode          fitted: a fixed time, a time per row, a time per pair or per key
+    all-reduce by size and ranks                interpolated in size
+
+What they lack is in `MissingTerms`, each of them named and settable; the defaults are assumptions.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from msgspec import Struct, structs
+from numpy.typing import NDArray
+
+from evener.cost.published import published_collectives, published_rates
+from evener.cost.rates import Collective, DeviceProfile, Floats, Profile, bind, hardware
+from evener.cost.roofline import DeviceCosts, RooflineCostModel
+from evener.errors import InvalidInput
+from evener.spec.cluster import Cluster
+from evener.spec.model import ModelSpec
+from evener.spec.plan import Plan
+
+
+class MissingTerms(Struct, frozen=True):
+    """What measured operators do not say. Times in nanoseconds."""
+
+    host_ns: int = 300_000
+    """Control time per batch that the device waits for."""
+    launch_ns: float = 0.0
+    """Host time to start one kernel where no graph has recorded them: the device cannot be faster than the host
+    starts `KERNELS_PER_LAYER` of them."""
+    op_ns: float = 2_000.0
+    """A norm, rotation or activation on next to no data, once started by a graph."""
+    elementwise_share: float = 0.8
+    """Of peak bandwidth, in norms, rotation, activation and sampling."""
+    sample_row_ns: float = 1_000.0
+    """Choosing a token, per sampled row."""
+
+
+ATTENTION_EXTRA, FFN_EXTRA = 3, 2
+"""Elementwise operators beside the measured ones: norm, rotation, cache write; norm, activation."""
+KERNELS_PER_LAYER = 12
+"""Two norms, two all-reduces, four GEMMs, rotation, cache write, attention, activation."""
+
+
+class GemmGrid:
+    """Latency of `x [m, k] @ W [k, n]` in nanoseconds on a grid. `ns` has the shape [m, n, k]."""
+
+    def __init__(self, rows: Sequence[int], columns: Sequence[int], depth: Sequence[int], ns: Floats) -> None:
+        if ns.shape != (len(rows), len(columns), len(depth)) or not (np.isfinite(ns) & (ns > 0)).all():
+            raise ValueError(f"GEMM grid of {ns.shape} must hold a positive time for every one of its axes' points")
+        self.rows = np.asarray(rows, dtype=np.float64)
+        self._columns, self._depth = (np.asarray(axis, dtype=np.float64) for axis in (columns, depth))
+        self._log = np.log(ns)
+
+    def ns(self, rows: NDArray[np.int64], columns: int, depth: int) -> Floats:
+        """Nanoseconds by row count; 0 for no rows or an empty matrix. Past the grid in proportion; never falls."""
+        if columns < 1 or depth < 1:
+            return np.zeros(len(rows))
+        n, (i, a) = float(columns), _place(self._columns, columns)
+        k, (j, b) = float(depth), _place(self._depth, depth)
+        corners = self._log[:, i : i + 2, j : j + 2]
+        at = np.exp(
+            corners[:, 0, 0] * (1 - a) * (1 - b) + corners[:, 1, 0] * a * (1 - b)
+            + corners[:, 0, 1] * (1 - a) * b + corners[:, 1, 1] * a * b
+        )  # fmt: skip
+        at = at * max(1.0, n / self._columns[-1]) * max(1.0, k / self._depth[-1])
+        at = np.minimum.accumulate(at[::-1])[::-1]
+        r = rows.astype(np.float64)
+        out: Floats = np.where(r > 0, np.interp(r, self.rows, at) * np.maximum(r / self.rows[-1], 1.0), 0.0)
+        return out
+
+
+def _place(axis: Floats, value: int) -> tuple[int, float]:
+    """Where a value lies on an axis: the point below, and the share of the way to the next in logarithms."""
+    i = int(np.clip(np.searchsorted(axis, value, side="right") - 1, 0, len(axis) - 2))
+    share = np.log(value / axis[i]) / np.log(axis[i + 1] / axis[i])
+    return i, float(np.clip(share, 0.0, 1.0))
+
+
+class AttentionFit(Struct, frozen=True):
+    """Attention of one layer with so many heads: `fixed_ns + row_ns * rows + unit_ns * (pairs or keys)`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    fixed_ns: float
+    row_ns: float
+    unit_ns: float
+    error: float
+    """Median relative error against the measured points."""
+
+
+class OperatorTables(Struct, frozen=True):
+    """What was measured on one kind of device, with one engine's kernels."""
+
+    system: str
+    """`h100_sxm`."""
+    source: str
+    """Package, engine and version."""
+    gemm: Mapping[str, GemmGrid]
+    """By dtype."""
+    prefill: tuple[AttentionFit, ...]
+    decode: tuple[AttentionFit, ...]
+    collectives: tuple[Collective, ...]
+    """All-reduces inside one host."""
+
+
+def nearest(fits: Sequence[AttentionFit], heads: int, kv_heads: int, head_dim: int, what: str) -> AttentionFit:
+    """The fit of the most alike shape, times per row, pair and key scaled to this one. Raises InvalidInput if none.
+
+    `what`: prefill is scaled with query heads, decode, which reads K and V, with KV heads.
+    """
+    if not fits:
+        raise InvalidInput(f"the operator tables hold no {what} attention; take another engine or device")
+
+    def distance(f: AttentionFit) -> tuple[float, int, int]:
+        ratios = (f.heads / heads, f.kv_heads / kv_heads, f.kv_heads / kv_heads, (f.head_dim / head_dim) ** 4)
+        return sum(abs(math.log(x)) for x in ratios), f.heads, f.kv_heads
+
+    best = min(fits, key=distance)
+    wide = head_dim / best.head_dim
+    grown = wide * (heads / best.heads if what == "prefill" else kv_heads / best.kv_heads)
+    return structs.replace(
+        best, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        row_ns=best.row_ns * wide * heads / best.heads, unit_ns=best.unit_ns * grown,
+    )  # fmt: skip
+
+
+class TableCosts(DeviceCosts):
+    """Times of the phases on one device from its tables."""
+
+    def __init__(
+        self, device: DeviceProfile, model: ModelSpec, tables: OperatorTables, terms: MissingTerms, *,
+        alone: bool, dtype: str, kv_dtype: str,
+    ) -> None:  # fmt: skip
+        super().__init__(device, model, alone=alone, dtype=dtype, kv_dtype=kv_dtype)
+        self._gemm = _grid(tables, "bf16" if dtype == "fp16" else dtype)
+        self._head_gemm = tables.gemm.get("bf16", self._gemm)
+        self._tables, self._terms = tables, terms
+
+    def _extra(self, rows: NDArray[np.int64], values_per_row: int, ops: int) -> Floats:
+        """Elementwise operators: their traffic and their starts."""
+        traffic = rows * (values_per_row * self.activation_bytes / self.rates.read_bandwidth * 1e9)
+        out: Floats = np.where(rows > 0, traffic + ops * self._terms.op_ns, 0.0)
+        return out
+
+    def _started(self, rows: NDArray[np.int64], time: Floats, kernels: int) -> Floats:
+        """At least what the host takes to start the kernels, and stretched as declared."""
+        out: Floats = np.where(rows > 0, np.maximum(time, kernels * self._terms.launch_ns) * self.stretch, 0.0)
+        return out
+
+    def _attention(self, heads: int, kv_heads: int, what: str) -> AttentionFit:
+        fits = self._tables.prefill if what == "prefill" else self._tables.decode
+        return nearest(fits, heads, kv_heads, self.model.head_dim, what)
+
+    def attention_rows(self, rows: NDArray[np.int64], heads: int, kv_heads: int) -> Floats:
+        """Projections, norm, rotation, cache write, and what attention takes whatever it attends to."""
+        if heads == 0:
+            return np.zeros(len(rows))
+        hidden, dim = self.model.hidden, self.model.head_dim
+        wide = dim * (heads + 2 * kv_heads)
+        fit = self._attention(heads, kv_heads, "prefill")
+        time = self._gemm.ns(rows, wide, hidden) + self._gemm.ns(rows, hidden, heads * dim)
+        time = time + np.where(rows > 0, fit.fixed_ns + fit.row_ns * rows, 0.0)
+        time = time + self._extra(rows, 4 * hidden + 2 * wide, ATTENTION_EXTRA)
+        return self._started(rows, time, KERNELS_PER_LAYER // 2)
+
+    def pair_ns(self, heads: int) -> float:
+        """One layer's prefill attention, per (query token, key) pair."""
+        if heads == 0:
+            return 0.0
+        return self._attention(heads, max(1, heads // self.model.group), "prefill").unit_ns * self.stretch
+
+    def key_ns(self, heads: int, kv_heads: int) -> float:
+        """One layer's decode attention, per key read by a decoding row."""
+        return self._attention(heads, kv_heads, "decode").unit_ns * self.stretch if heads else 0.0
+
+    def ffn_rows(self, rows: NDArray[np.int64], columns: int) -> Floats:
+        """One layer's feed-forward block."""
+        if columns == 0:
+            return np.zeros(len(rows))
+        hidden = self.model.hidden
+        time = self._gemm.ns(rows, 2 * columns, hidden) + self._gemm.ns(rows, hidden, columns)
+        time = time + self._extra(rows, 4 * hidden + 3 * columns, FFN_EXTRA)
+        return self._started(rows, time, KERNELS_PER_LAYER - KERNELS_PER_LAYER // 2)
+
+    def head_rows(self, rows: NDArray[np.int64], vocabulary: int) -> Floats:
+        """Logits of the sampled rows, in 16 bits whatever the layers are in, and choosing from them."""
+        if vocabulary == 0:
+            return np.zeros(len(rows))
+        time = self._head_gemm.ns(rows, vocabulary, self.model.hidden) + self._extra(rows, 4 * vocabulary, 4)
+        out: Floats = (time + rows * self._terms.sample_row_ns) * self.stretch
+        return out
+
+
+def _grid(tables: OperatorTables, dtype: str) -> GemmGrid:
+    if dtype not in tables.gemm:
+        have = ", ".join(tables.gemm)
+        raise InvalidInput(f"{tables.system} has no measured GEMM in {dtype!r} (measured: {have}); use one of these")
+    return tables.gemm[dtype]
+
+
+class TablesCostModel(RooflineCostModel):
+    """`CostModel` of one plan over devices whose operators were measured elsewhere.
+
+    `tables` gives them by device name. Between devices of one host the measured all-reduces are used, between hosts
+    the cluster's links. Raises InvalidInput for a device without tables or a dtype that was not measured.
+    """
+
+    def __init__(
+        self, model: ModelSpec, plan: Plan, cluster: Cluster, tables: Mapping[str, OperatorTables], version: int = 0, *,
+        dtype: str = "bf16", kv_dtype: str = "bf16", terms: MissingTerms | None = None,
+        measured_error: float | None = None,
+    ) -> None:  # fmt: skip
+        self.terms = terms = terms or MissingTerms()
+        used = [cluster.device(name) for name in plan.devices()]
+        for d in used:
+            if d.name not in tables or d.peaks is None:
+                raise InvalidInput(f"device {d.name} has no operator tables; give it a profile that has, like h100_sxm")
+        entries = {}
+        for d in used:
+            assert d.peaks is not None
+            reached = published_rates(d.peaks)
+            rates = structs.replace(
+                reached, read_bandwidth=d.peaks.bandwidth * terms.elementwise_share, op_ns=terms.op_ns
+            )
+            entries[hardware(d)] = DeviceProfile(hardware(d), "cuda", rates, rates, hardware=hardware(d))
+        collectives = tables[used[0].name].collectives or published_collectives()
+        bare = Profile(tuple(entries.values()), collectives, "published", host_ns=terms.host_ns)
+        # The link of a host to itself is in the measured all-reduces.
+        hosts = {d.host for d in used}
+        across = [x for x in cluster.links if not (x.a == x.b and x.a in hosts)]
+
+        def costs(device: DeviceProfile, of: ModelSpec, *, alone: bool, dtype: str, kv_dtype: str) -> TableCosts:
+            return TableCosts(device, of, tables[device.name], terms, alone=alone, dtype=dtype, kv_dtype=kv_dtype)
+
+        super().__init__(
+            model, plan, bind(bare, used), version, dtype=dtype, kv_dtype=kv_dtype, links=across,
+            measured_error=measured_error, costs_of=costs,
+        )  # fmt: skip
