@@ -6,6 +6,7 @@ Everything that can be refused is refused here, before any worker starts.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import psutil
 from msgspec import Struct, structs
 
@@ -13,9 +14,11 @@ from evener.brain import BrainConfig
 from evener.cost.base import BatchShape, CostModel
 from evener.cost.rates import Profile, bind, default_profile
 from evener.cost.roofline import RooflineCostModel
+from evener.cost.work import PlanWork
 from evener.engine.policy import make_policy
 from evener.errors import InvalidDevice, InvalidInput, InvalidPlan
-from evener.execute.live.engine import LiveConfig, LiveEngine
+from evener.execute.live.engine import LiveEngine
+from evener.execute.live.fleet import LiveConfig
 from evener.model.source import ModelSource, open_model
 from evener.plan.default import default_plan, equal_plan
 from evener.plan.load import load_plan
@@ -66,6 +69,11 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     start_timeout_s: float = 120.0
     worker_timeout_s: float = 60.0
     record: str | None = None
+    """File for every event, command and span, for replay."""
+    ledger: bool = True
+    """Account for every device-second."""
+    trace_segments: bool = False
+    """Keep every stretch between two operations too, for traces."""
 
 
 class Prepared(Struct, frozen=True):
@@ -96,6 +104,8 @@ def prepare(options: EngineOptions, source: ModelSource | None = None) -> Prepar
             raise InvalidInput(f"{name}={getattr(options, name)} must be at least 1")
     if options.max_queue < 0:
         raise InvalidInput(f"max_queue={options.max_queue} must not be negative")
+    if options.trace_segments and not options.ledger:
+        raise InvalidInput("--trace-segments is part of the ledger; leave out --no-ledger")
     for name, least in (("start_timeout_s", 0.1), ("worker_timeout_s", 0.1), ("static_wait_s", 0.0)):
         seconds = getattr(options, name)
         if not least <= seconds <= 86_400.0:
@@ -151,9 +161,28 @@ async def start_engine(
             start_timeout=Seconds(given.start_timeout_s),
             wait_deadline=Seconds(given.worker_timeout_s),
             record=given.record,
+            ledger=given.ledger,
+            trace_segments=given.trace_segments,
         ),
+        work=_work(prepared) if given.ledger else None,
+        costs_made_of=_costs_made_of(prepared),
         progress=progress,
     )
+
+
+def _work(prepared: Prepared) -> PlanWork:
+    profile = bind(prepared.profile, prepared.cluster.devices)
+    return PlanWork(prepared.model, prepared.plan, profile, prepared.options.dtype)
+
+
+def _costs_made_of(prepared: Prepared) -> dict[str, Any]:
+    """What a recording says of its cost model: enough to make an equal one."""
+    return {
+        "kind": "roofline",
+        "version": prepared.costs.version,
+        "dtype": prepared.options.dtype,
+        "profile": msgspec.to_builtins(prepared.profile),
+    }
 
 
 def make_options(**options: Any) -> EngineOptions:

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from evener.engine.batch import TokenLogprobs
 from evener.engine.events import Answer
 from evener.engine.request import Request
-from evener.errors import EvenerError
+from evener.errors import EvenerError, Unavailable
 from evener.execute.base import ReplicaStatus, Status
+from evener.ledger.ledger import Ledger
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Plan, Replica, Shard, Stage
 
@@ -77,6 +78,7 @@ class FakeEngine:
         self.live: set[str] = set()
         self.closed = False
         self.down = ""
+        self.kept: Ledger | None = None
         self._reply = reply
         self._delay_s = delay_s
         self._refuse = refuse
@@ -158,6 +160,12 @@ class FakeEngine:
             kv_blocks=100, kv_blocks_free=100 - 10 * len(self.live), output_tokens=self._tokens,
         )  # fmt: skip
         return Status(not self.down, (replica,), f"{self.down}; restart the server" if self.down else "")
+
+    def ledger(self) -> Ledger:
+        """None, or the one it was given."""
+        if self.kept is None:
+            raise Unavailable("this server keeps no ledger; start it without --no-ledger")
+        return self.kept
 
     async def close(self) -> None:
         """Nothing to free."""

@@ -64,7 +64,13 @@ def _all(
     worker_timeout_s: Annotated[
         float, typer.Option("--worker-timeout", help="Seconds without progress until a worker counts as hung.")
     ] = _DEFAULTS.worker_timeout_s,
-    record: Annotated[str | None, typer.Option(help="Write every event and command to this file.")] = None,
+    record: Annotated[
+        str | None, typer.Option(help="Write every event, command and span to this file, for replay.")
+    ] = None,
+    ledger: Annotated[bool, typer.Option(help="Account for every device-second.")] = _DEFAULTS.ledger,
+    trace_segments: Annotated[
+        bool, typer.Option("--trace-segments", help="Keep every stretch inside a batch too, for traces.")
+    ] = _DEFAULTS.trace_segments,
 ) -> None: ...
 
 

@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from evener.engine.events import Answer
 from evener.engine.request import Request
+from evener.ledger.ledger import Ledger
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Plan
 
@@ -40,6 +41,8 @@ class Status(Struct, frozen=True):
     replicas: tuple[ReplicaStatus, ...]
     reason: str = ""
     """Why it is not ready, and how to go on."""
+    warnings: tuple[str, ...] = ()
+    """What went wrong beside serving: a recording or a ledger that stopped."""
 
 
 class Engine(Protocol):
@@ -66,6 +69,10 @@ class Engine(Protocol):
 
     def status(self) -> Status:
         """Health and counters, cheap enough for every scrape."""
+        ...
+
+    def ledger(self) -> Ledger:
+        """Where every device-second went, up to now. Raises Unavailable when none is kept."""
         ...
 
     async def close(self) -> None:

@@ -4,17 +4,14 @@ One asyncio loop: events go into `Brain.step` in the order they are seen, comman
 """
 
 import asyncio
-import os
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
-from msgspec import Struct
 
 from evener.brain import Brain, BrainConfig
 from evener.cost.base import CostModel
@@ -42,29 +39,18 @@ from evener.errors import (
     WorkerLost,
 )
 from evener.execute.base import ReplicaStatus, Status
+from evener.execute.live.chronicle import Chronicle
+from evener.execute.live.fleet import LiveConfig, make_segments, worker_configs
 from evener.execute.live.launch import SocketDir, WorkerProcess
-from evener.execute.live.record import Recorder
 from evener.execute.live.transport.shm import Segment
-from evener.execute.live.wire import Done, Lost, Ready, Stop, Work, WorkerConfig, decode_from_worker, encode
-from evener.execute.live.wiring import layout_of
+from evener.execute.live.watch import FailureWatch
+from evener.execute.live.wire import Done, Lost, Ready, Spans, Stop, Work, decode_from_worker, encode
+from evener.ledger.ledger import Ledger
+from evener.ledger.work import Work as PlanWork
 from evener.spec.cluster import Cluster
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Plan
-from evener.units import Nanoseconds, Seconds, seconds
-
-
-class LiveConfig(Struct, frozen=True):
-    """Everything the live body needs besides the model, the plan and the costs."""
-
-    model_path: str
-    dtype: str = "fp32"
-    max_model_len: int = 2048
-    max_top_logprobs: int = 20
-    start_timeout: Seconds = Seconds(120.0)
-    wait_deadline: Seconds = Seconds(60.0)
-    """A worker that keeps its peers or the control process waiting longer than this counts as hung."""
-    record: str | None = None
-    """File that receives every event and command, for replay."""
+from evener.units import Nanoseconds, seconds
 
 
 class LiveEngine:
@@ -79,7 +65,10 @@ class LiveEngine:
         costs: CostModel,
         brain_config: BrainConfig,
         config: LiveConfig,
+        work: PlanWork | None = None,
+        costs_made_of: dict[str, Any] | None = None,
     ) -> None:
+        """`work`: sets the ledger's compute beside the peak. `costs_made_of`: goes into recordings."""
         self.model = model
         self.plan = plan
         self.max_model_len = config.max_model_len
@@ -87,22 +76,23 @@ class LiveEngine:
         self.cluster = cluster
         self.config = config
         self.brain_config = brain_config
-        self.brain = Brain(plan, kv_blocks, costs, brain_config)
+        self.chronicle = Chronicle(config, plan, costs, work)
+        self.brain = Brain(plan, kv_blocks, costs, brain_config, self.chronicle.feed)
         self.ready: dict[str, Ready] = {}
         self._kv_blocks = kv_blocks
         self._workers: dict[str, WorkerProcess] = {}
         self._segments: list[Segment | None] = []
+        self._watch: FailureWatch | None = None
+        self._sockets: SocketDir | None = None
         self._streams: dict[str, asyncio.Queue[Answer | EvenerError]] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._progress: dict[int, float] = {}
-        """Replica -> last time it was seen to get on."""
         self._loaded = asyncio.Event()
         self._failed: StartFailed | None = None
         self._closed = False
         self._broken = ""
         """Why nothing can be served any more, after a failure of our own."""
-        self._recorder = Recorder(Path(config.record)) if config.record else None
+        self._costs_made_of = costs_made_of or {}
 
     # ---- start and stop ---------------------------------------------------------------------------------------
 
@@ -118,50 +108,31 @@ class LiveEngine:
         return engine
 
     async def _start(self, progress: Callable[[str], None] | None) -> None:
-        self._dir = SocketDir()
+        self._sockets = SocketDir()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(self._dir.endpoint)
-        for r, replica in enumerate(self.plan.replicas):
-            devices = tuple(self.cluster.device(d) for d in replica.devices())
-            links = self.cluster.links
-            segment: Segment | None = None
-            if len(devices) > 1:
-                tokens = self.brain_config.max_num_batched_tokens + self.brain_config.max_num_seqs
-                segment = Segment.create(layout_of(replica, links, self.model.hidden, tokens))
-            self._segments.append(segment)
-            for s, stage in enumerate(replica.stages):
-                for rank, shard in enumerate(stage.shards):
-                    config = WorkerConfig(
-                        model=self.config.model_path,
-                        spec=self.model,
-                        replica=replica,
-                        replica_index=r,
-                        stage=s,
-                        rank=rank,
-                        device=self.cluster.device(shard.device),
-                        devices=devices,
-                        links=links,
-                        epoch=self.plan.epoch,
-                        dtype=self.config.dtype,
-                        kv_blocks=self._kv_blocks[r],
-                        block_tokens=self.brain_config.block_tokens,
-                        max_num_seqs=self.brain_config.max_num_seqs,
-                        max_model_len=self.max_model_len,
-                        max_batch_tokens=self.brain_config.max_num_batched_tokens + self.brain_config.max_num_seqs,
-                        control_pid=os.getpid(),
-                        endpoint=self._dir.endpoint,
-                        segment_fd=segment.fd if segment is not None else -1,
-                        shares_core=self._shares_core(shard.device),
-                        wait_deadline_s=self.config.wait_deadline,
-                    )
-                    worker = WorkerProcess(config)
-                    self._workers[worker.name] = worker
-                    self._tasks.append(asyncio.create_task(self._watch(worker), name=f"watch {worker.name}"))
-        receiving = asyncio.create_task(self._receive(progress), name="receive")
+        self._socket.bind(self._sockets.endpoint)
+        self.chronicle.begin(self.model, self.cluster, self._kv_blocks, self.brain_config, self._costs_made_of)
+        tokens = self.brain_config.max_num_batched_tokens + self.brain_config.max_num_seqs
+        self._segments = make_segments(self.plan, self.cluster, self.model.hidden, tokens)
+        watch = FailureWatch(
+            self.plan, self._workers, self._segments, self.config.wait_deadline,
+            lambda replica: len(self.brain.replicas[replica].in_flight),
+            lambda device, reason: self._consume(WorkerDown(device, reason)),
+        )  # fmt: skip
+        self._watch = watch
+        for config in worker_configs(
+            self.model, self.plan, self.cluster, self._kv_blocks, self.brain_config, self.config, self._segments,
+            self._sockets.endpoint,
+        ):  # fmt: skip
+            worker = WorkerProcess(config)
+            self._workers[worker.name] = worker
+            watching = asyncio.create_task(self._until_it_ends(worker), name=f"watch {worker.name}")
+            self._tasks.append(watching)
+        receiving = asyncio.create_task(self._receive(watch, progress), name="receive")
         receiving.add_done_callback(self._receive_ended)
         self._tasks.append(receiving)
         try:
@@ -174,11 +145,7 @@ class LiveEngine:
             ) from None
         if self._failed is not None:
             raise self._failed
-        self._tasks.append(asyncio.create_task(self._watch_progress(), name="watch progress"))
-
-    def _shares_core(self, device: str) -> bool:
-        own = set(self.cluster.device(device).cores)
-        return any(own & set(self.cluster.device(d).cores) for d in self.plan.devices() if d != device)
+        self._tasks.append(asyncio.create_task(watch.hung(), name="watch progress"))
 
     async def close(self) -> None:
         """Fail what is unfinished, stop the workers, free everything; idempotent."""
@@ -206,12 +173,11 @@ class LiveEngine:
         for segment in self._segments:
             if segment is not None:
                 segment.close()
-        if hasattr(self, "_socket"):
+        if self._sockets is not None:
             self._socket.close()
             self._context.term()
-            self._dir.close()
-        if self._recorder is not None:
-            self._recorder.close()
+            self._sockets.close()
+        self.chronicle.close()
 
     # ---- Engine -----------------------------------------------------------------------------------------------
 
@@ -271,15 +237,18 @@ class LiveEngine:
             reason = "the server is shutting down"
         elif not ready:
             reason = self.brain.no_replica_reason()
-        return Status(ready, tuple(replicas), reason)
+        return Status(ready, tuple(replicas), reason, self.chronicle.warnings())
+
+    def ledger(self) -> Ledger:
+        """See Engine."""
+        return self.chronicle.ledger()
 
     # ---- events in, commands out ------------------------------------------------------------------------------
 
     def _consume(self, event: Event) -> None:
         now = Nanoseconds(time.monotonic_ns())
         commands = self.brain.step(event, now)
-        if self._recorder is not None and not self._recorder.closed:
-            self._recorder.add(now, event, commands)
+        self.chronicle.step(now, event, commands)
         for command in commands:
             if isinstance(command, Answer):
                 queue = self._streams.get(command.request_id)
@@ -308,7 +277,8 @@ class LiveEngine:
     def _issue(self, command: IssueBatch) -> None:
         in_flight = self.brain.replicas[command.replica].in_flight
         if in_flight and in_flight[0].batch_id == command.batch.batch_id:  # it was idle: its time starts now
-            self._progress[command.replica] = time.monotonic()
+            assert self._watch is not None
+            self._watch.gets_on(command.replica)
         data = encode(Work(command.batch))
         for device in self.plan.replicas[command.replica].devices():
             self._send(device, data)
@@ -319,7 +289,7 @@ class LiveEngine:
         sent: Any = self._socket.send_multipart([device.encode(), data], flags=zmq.NOBLOCK)
         sent.add_done_callback(lambda future: future.cancelled() or future.exception())
 
-    async def _receive(self, progress: Callable[[str], None] | None) -> None:
+    async def _receive(self, watch: FailureWatch, progress: Callable[[str], None] | None) -> None:
         while True:
             _, data = await self._socket.recv_multipart()
             try:
@@ -327,10 +297,13 @@ class LiveEngine:
             except msgspec.DecodeError as error:
                 raise AssertionError(f"a worker sent what is no message: {error}") from error
             if isinstance(message, Done):
-                self._progress[message.replica] = time.monotonic()
+                watch.gets_on(message.replica)
                 self._consume(BatchDone(message.replica, message.result))
+            elif isinstance(message, Spans):
+                self.chronicle.spans(message)
             elif isinstance(message, Ready):
                 self.ready[message.device] = message
+                self.chronicle.ready(message.device)
                 if progress is not None:
                     progress(f"{message.device} ready in {message.load_s:.1f} s")
                 if len(self.ready) == len(self._workers):
@@ -353,42 +326,21 @@ class LiveEngine:
 
     # ---- failures ---------------------------------------------------------------------------------------------
 
-    async def _watch(self, worker: WorkerProcess) -> None:
-        how = await worker.wait()
+    async def _until_it_ends(self, worker: WorkerProcess) -> None:
+        try:
+            how = await worker.wait()
+        except Exception as error:  # a worker that nobody watches must not serve
+            how = f"it cannot be watched ({type(error).__name__}: {error})"
         if not self._closed:
             self._lost(worker.name, how)
 
     def _lost(self, device: str, reason: str) -> None:
-        """A worker is lost: fence its replica, so that nobody waits for it, and tell the brain."""
         if not self._loaded.is_set():
             self._failed = StartFailed(f"worker {device} did not start: {reason}")
             self._loaded.set()
-            return
-        # A peer may name several devices; the first one stands for the replica.
-        device = device.split(", ")[0]
-        index = next((k for k, r in enumerate(self.plan.replicas) if device in r.devices()), None)
-        if index is None or index in self.brain.down or self._closed or self._broken:
-            return
-        segment = self._segments[index]
-        if segment is not None:
-            segment.abort(device, reason)
-        for name in self.plan.replicas[index].devices():
-            self._workers[name].kill()
-        if segment is not None:
-            segment.close()
-        self._consume(WorkerDown(device, reason))
-
-    async def _watch_progress(self) -> None:
-        """A replica with batches in flight and no result for too long has a hung worker."""
-        while True:
-            await asyncio.sleep(min(1.0, self.config.wait_deadline / 4))
-            now = time.monotonic()
-            for replica in self.brain.replicas:
-                late = now - self._progress.get(replica.index, now)
-                # Peers of a hung rank give up first and know which one it is.
-                if replica.in_flight and late > self.config.wait_deadline * 1.5:
-                    device = self.plan.replicas[replica.index].devices()[-1]
-                    self._lost(device, f"no result for {late:.0f} s with {len(replica.in_flight)} batches in flight")
+        elif not self._closed and not self._broken:
+            assert self._watch is not None
+            self._watch.lost(device, reason)
 
 
 def _as_error(refusal: Refuse) -> EvenerError:

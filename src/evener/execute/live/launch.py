@@ -6,12 +6,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 import msgspec
+import zmq
 
+from evener.errors import StartFailed
 from evener.execute.live.wire import WorkerConfig
+
+_POLL_S = 0.05
 
 
 class WorkerProcess:
@@ -32,19 +37,23 @@ class WorkerProcess:
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._stderr, pass_fds=fds, env=env,
         )  # fmt: skip
         assert self.process.stdin is not None
-        try:
+        # It may have died at once, which `wait` tells; closing tries to write what is left over.
+        with suppress(BrokenPipeError):
             self.process.stdin.write(msgspec.msgpack.encode(config))
+        with suppress(BrokenPipeError):
             self.process.stdin.close()
-        except BrokenPipeError:
-            pass  # it died at once; `wait` tells
 
     async def wait(self) -> str:
-        """Wait for the process to end and say how it did, without polling (pidfd)."""
+        """Wait for the process to end and say how it did, without polling where the kernel can tell (pidfd)."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
         try:
             fd = os.pidfd_open(self.process.pid)
         except ProcessLookupError:
+            return self.how_it_ended()
+        except OSError:  # no descriptor left, a kernel or a sandbox without the call
+            while self.process.poll() is None:
+                await asyncio.sleep(_POLL_S)
             return self.how_it_ended()
 
         def readable() -> None:
@@ -63,7 +72,10 @@ class WorkerProcess:
         """`killed by SIGKILL`, or the exit code with the last words on standard error."""
         code = self.process.wait()
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
+            try:
+                return f"killed by {signal.Signals(-code).name}"
+            except ValueError:  # real-time signals have no names
+                return f"killed by signal {-code}"
         words = self.last_words()
         return f"exited with code {code}" + (f": {words}" if words else "")
 
@@ -89,8 +101,20 @@ class SocketDir:
     """A directory only this user can enter, for ZeroMQ's ipc sockets."""
 
     def __init__(self) -> None:
-        self._dir = tempfile.TemporaryDirectory(prefix="evener-")  # mode 0700
-        self.endpoint = f"ipc://{Path(self._dir.name) / 'control'}"
+        """Raises StartFailed when the directory for temporary files cannot hold it."""
+        try:
+            self._dir = tempfile.TemporaryDirectory(prefix="evener-")  # mode 0700
+        except OSError as error:
+            where = error.filename or tempfile.gettempdir()
+            raise StartFailed(f"cannot make a directory in {where}: {error.strerror}; set TMPDIR to another") from error
+        path = Path(self._dir.name) / "control"
+        self.endpoint = f"ipc://{path}"
+        if (length := len(os.fsencode(path))) > zmq.IPC_PATH_MAX_LEN:
+            self.close()
+            raise StartFailed(
+                f"the socket path {path} has {length} bytes, the system allows {zmq.IPC_PATH_MAX_LEN}; set TMPDIR to a "
+                "shorter directory"
+            )
 
     def close(self) -> None:
         """Remove it. Idempotent."""

@@ -1,13 +1,14 @@
 """What crosses between the control process and its workers: typed records in msgpack, nothing executable.
 
-Control -> worker: `Batch`, `Stop`. Worker -> control: `Ready`, `Done`, `Lost`. A worker's configuration travels once,
-over its standard input.
+Control -> worker: `Work`, `Stop`. Worker -> control: `Ready`, `Done`, `Spans`, `Lost`. A worker's configuration travels
+once, over its standard input.
 """
 
 import msgspec
 from msgspec import Struct
 
 from evener.engine.batch import Batch, BatchResult
+from evener.ledger.spans import Span
 from evener.spec.cluster import Device, Link
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Replica
@@ -46,6 +47,10 @@ class WorkerConfig(Struct, frozen=True):
     """Another worker runs on one of this worker's cores: waiting must not burn it."""
     wait_deadline_s: float
     """A wait for a peer that lasts longer ends in WorkerLost."""
+    ledger: bool = False
+    """Report what each batch's time was spent on."""
+    trace_segments: bool = False
+    """Report every stretch of it too."""
 
 
 class Stop(Struct, frozen=True, tag=True):
@@ -78,6 +83,17 @@ class Done(Struct, frozen=True, tag=True):
     ended: Nanoseconds
 
 
+class Spans(Struct, frozen=True, tag=True):
+    """What a worker's time was spent on: every batch since the last such message, in order."""
+
+    device: str
+    spans: tuple[Span, ...]
+    wait_cpu: Nanoseconds
+    """CPU time that the worker's thread has spent inside operations since it was ready (spinning, copying)."""
+    idle_cpu: Nanoseconds
+    """CPU time that it has spent between batches (polling, reporting)."""
+
+
 class Lost(Struct, frozen=True, tag=True):
     """This worker cannot go on: a peer is lost, or it failed itself. It exits after saying so."""
 
@@ -88,7 +104,7 @@ class Lost(Struct, frozen=True, tag=True):
 
 
 ToWorker = Work | Stop
-FromWorker = Ready | Done | Lost
+FromWorker = Ready | Done | Spans | Lost
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

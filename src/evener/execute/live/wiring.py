@@ -6,6 +6,7 @@ from evener.execute.live.runner import Wiring
 from evener.execute.live.transport.base import Group, Pipe
 from evener.execute.live.transport.layout import GroupSpec, PipeSpec, SegmentLayout
 from evener.execute.live.transport.shm import Segment, ShmGroup, ShmPipe
+from evener.ledger.spans import Op
 from evener.spec.cluster import Link
 from evener.spec.plan import Replica
 from evener.units import Bytes, Seconds
@@ -64,9 +65,12 @@ def connect(
     deadline: Seconds,
     spin: Seconds,
     wrap_group: Callable[[Group], Group],
-    wrap_pipe: Callable[[Pipe], Pipe],
+    wrap_pipe: Callable[[Pipe, Op], Pipe],
 ) -> Wiring:
-    """Open this rank's ends. `spin`: how long a wait may keep its core; `wrap_*` decorate them (slow-downs)."""
+    """Open this rank's ends. `spin`: how long a wait may keep its core.
+
+    `wrap_*` decorate them (slow-downs, spans); for a pipe with what receiving from it means, RECV or TOKENS.
+    """
     here = replica.stages[stage].shards[rank].device
     first = {sh.device for sh in replica.stages[0].shards}
     last = stage == len(replica.stages) - 1
@@ -83,8 +87,8 @@ def connect(
             if here not in (pipe.spec.sender, pipe.spec.receiver):
                 continue
             role = "send" if pipe.spec.sender == here else "recv"
-            end = wrap_pipe(ShmPipe(segment, pipe, role, deadline, spin))
             tokens = pipe.spec.receiver in first
+            end = wrap_pipe(ShmPipe(segment, pipe, role, deadline, spin), Op.TOKENS if tokens else Op.RECV)
             if role == "send" and tokens and last:
                 tokens_out.append(end)
             elif role == "send":

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -16,14 +17,18 @@ import zmq
 
 from evener import kernels
 from evener.errors import EvenerError, WorkerLost
+from evener.execute.live.inbox import Inbox
+from evener.execute.live.kernel_time import KernelTime
 from evener.execute.live.pace import Pace, PacedGroup, PacedPipe
 from evener.execute.live.runner import Runner
 from evener.execute.live.sampler import Sampler
 from evener.execute.live.slots import Slots
+from evener.execute.live.spans import SpanMaker, TimedGroup, TimedPipe
 from evener.execute.live.transport.base import Group, Pipe
 from evener.execute.live.transport.shm import SPIN, Segment
-from evener.execute.live.wire import Done, Lost, Ready, Stop, WorkerConfig, decode_to_worker, encode
+from evener.execute.live.wire import Done, Lost, Ready, Stop, WorkerConfig, encode
 from evener.execute.live.wiring import connect, layout_of
+from evener.ledger.spans import Op
 from evener.model.decoder import StageModel
 from evener.model.source import open_model
 from evener.spec.memory import weight_bytes
@@ -38,7 +43,16 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def load(config: WorkerConfig) -> tuple[Runner, Ready]:
+class Loaded(NamedTuple):
+    """A worker that can run batches."""
+
+    runner: Runner
+    ready: Ready
+    spans: SpanMaker | None
+    """None: nobody wants to know where the time goes."""
+
+
+def load(config: WorkerConfig) -> Loaded:
     """Read this shard's weights, allocate its KV, connect it to its peers. Raises EvenerError."""
     begin = time.monotonic()
     device = config.device
@@ -56,11 +70,20 @@ def load(config: WorkerConfig) -> tuple[Runner, Ready]:
     )  # fmt: skip
     kv = model.allocate_kv(config.kv_blocks)
     pace = Pace(device.slowdown)
+    spans: SpanMaker | None = None
+    if config.ledger:
+        kernel = KernelTime(device.cores, threads)
+        spans = SpanMaker(
+            config.replica_index, config.stage, config.rank, config.epoch, pace, kernel, threads, config.trace_segments
+        )
 
+    # What is owed is slept before an operation and belongs to the device's own time, so pace is outside.
     def wrap_group(group: Group) -> Group:
+        group = TimedGroup(group, spans) if spans is not None else group
         return PacedGroup(group, pace) if device.slowdown > 1.0 else group
 
-    def wrap_pipe(pipe: Pipe) -> Pipe:
+    def wrap_pipe(pipe: Pipe, received: Op) -> Pipe:
+        pipe = TimedPipe(pipe, spans, received) if spans is not None else pipe
         return PacedPipe(pipe, pace) if device.slowdown > 1.0 else pipe
 
     wiring = connect(
@@ -75,22 +98,28 @@ def load(config: WorkerConfig) -> tuple[Runner, Ready]:
         model, sampler, slots, wiring, pace, first=first, last=last, rank=config.rank, hidden=config.spec.hidden
     )
     held = weight_bytes(shard, stage, config.spec, config.dtype)
-    return runner, Ready(device.name, os.getpid(), time.monotonic() - begin, held, kv.nbytes, kernels.isa())
+    ready = Ready(device.name, os.getpid(), time.monotonic() - begin, held, kv.nbytes, kernels.isa())
+    return Loaded(runner, ready, spans)
 
 
 def serve(config: WorkerConfig, socket: "zmq.Socket[bytes]") -> None:
     """Load, say so, and run batches until told to stop. Raises whatever went wrong."""
-    runner, ready = load(config)
+    runner, ready, spans = load(config)
     socket.send(encode(ready))
+    inbox = Inbox(socket, config.device.name, spans)
     while True:
-        message = decode_to_worker(socket.recv())
+        message = inbox.next()
         if isinstance(message, Stop):
-            return
+            break
         started = time.monotonic_ns()
         result = runner.run(message.batch)
         if result is not None:
             ended = Nanoseconds(time.monotonic_ns())
             socket.send(encode(Done(config.replica_index, result, Nanoseconds(started), ended)))
+        if spans is not None:
+            spans.finished(message.batch.batch_id)
+    if spans is not None:
+        inbox.send_spans()
 
 
 def main() -> int:
