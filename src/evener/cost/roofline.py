@@ -188,7 +188,7 @@ def _links_ns(links: list[Link], nbytes: NDArray[np.int64], ranks: int = 2) -> F
     delays, volume = math.ceil(math.log2(ranks)), nbytes * (2e9 * (ranks - 1) / ranks)
     times: list[Floats] = [_none(nbytes)]
     for link in links:
-        times.append(volume / (link.bandwidth or math.inf) + delays * link.delay * 1e9)
+        times.append(np.asarray(volume / (link.bandwidth or math.inf) + delays * link.delay * 1e9, dtype=np.float64))
     return _slowest(times)
 
 
