@@ -5,7 +5,9 @@ import sys
 import typer
 
 from evener.cli.bench import bench
+from evener.cli.compare import compare
 from evener.cli.devices import devices
+from evener.cli.plan import plan
 from evener.cli.serve import serve
 from evener.cli.verify import verify
 from evener.errors import EvenerError
@@ -20,7 +22,9 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(devices)
+app.command()(plan)
 app.command()(bench)
+app.command()(compare)
 app.command()(verify)
 
 

@@ -35,30 +35,26 @@ def equalised(plan: Plan, model: ModelSpec) -> Plan:
     return structs.replace(plan, replicas=tuple(replicas), name=f"{plan.name}, equal split")
 
 
-def usual_plans(problem: Problem, chosen: Plan) -> Iterator[tuple[str, Plan | str]]:
-    """(name, plan), or (name, why there is none): the chosen shape split equally, all TP, all PP, all DP."""
-    model, devices = problem.model, problem.cluster.devices
-    n = len(devices)
-    if any(len(r.devices()) > 1 for r in chosen.replicas):
-        yield "the same, split equally", equalised(chosen, model)
+def usual_plans(problem: Problem) -> Iterator[tuple[str, Plan | str]]:
+    """(name, plan), or (name, why there is none): all TP, all PP, all DP over all devices, split equally."""
+    n = len(problem.cluster.devices)
     if n == 1:
         return
-    for name, sizes in (("all tensor parallel", (n, 1, 1)), ("all pipeline", (1, n, 1)), ("all replicas", (1, 1, n))):
+    for name, sizes in (("all TP", (n, 1, 1)), ("all PP", (1, n, 1)), ("all DP", (1, 1, n))):
         try:
-            yield f"{name}, equal", equal_plan(model, devices, *sizes)
+            yield f"{name}, equal", equal_plan(problem.model, problem.cluster.devices, *sizes)
         except InvalidPlan as error:
             yield f"{name}, equal", error.message
 
 
-def score_usual(problem: Problem, chosen: Plan) -> list[tuple[str, Scored | str]]:
+def score_usual(problem: Problem) -> list[tuple[str, Scored | str]]:
     """The usual plans, scored; or the reason why one cannot serve."""
-    out: list[tuple[str, Scored | str]] = []
-    for name, plan in usual_plans(problem, chosen):
-        if isinstance(plan, str):
-            out.append((name, plan))
-            continue
-        try:
-            out.append((name, score(problem, structs.replace(plan, name=name))))
-        except InvalidPlan as error:
-            out.append((name, error.message))
-    return out
+    return [(name, p if isinstance(p, str) else score_or_reason(problem, p, name)) for name, p in usual_plans(problem)]
+
+
+def score_or_reason(problem: Problem, plan: Plan, name: str) -> Scored | str:
+    """The plan under this name, scored; or why it cannot serve."""
+    try:
+        return score(problem, structs.replace(plan, name=name))
+    except InvalidPlan as error:
+        return error.message

@@ -5,10 +5,10 @@ from typing import Any
 
 from msgspec import Struct, structs
 
-from evener.plan.baselines import score_usual
+from evener.plan.baselines import equalised, score_or_reason, score_usual
 from evener.plan.choose import best_tried, goal_of, pareto, shortlist
 from evener.plan.problem import Problem
-from evener.plan.search import search
+from evener.plan.search import Scored, search
 from evener.plan.trial import Progress, Tried, sample, try_plan
 
 TRIALS = 8
@@ -29,7 +29,7 @@ class Choice(Struct, frozen=True):
     goal: str
     best: Tried
     others: tuple[Tried, ...]
-    """The other plans that were simulated."""
+    """The other plans that were simulated, the usual layouts included."""
     baselines: tuple[Baseline, ...]
     front: tuple[Tried, ...]
     considered: int
@@ -51,32 +51,40 @@ def choose_plan(
     scored = search(problem)
     searched = time.perf_counter()
     listed = shortlist(problem, scored, trials)
-    usual = score_usual(problem, listed[0].plan) if baselines else []
-    steps = len(listed) + len(usual)
+    usual = score_usual(problem) if baselines else []
+    able = [*listed, *(found for _, found in usual if not isinstance(found, str))]
     # The same requests for all, enough to fill the plan that holds the most rows.
-    rows = max(
-        sum(c.rows for c in s.load.replicas) for s in [*listed, *(u for _, u in usual if not isinstance(u, str))]
-    )
-    items = sample(problem, rows, requests)
-    tried = []
-    for k, candidate in enumerate(listed):
-        progress(f"simulating {candidate.plan.name}", k, steps)
-        tried.append(try_plan(problem, candidate, items))
-    compared = []
-    for k, (name, found) in enumerate(usual):
-        progress(f"simulating {name}", len(listed) + k, steps)
-        if isinstance(found, str):
-            compared.append(Baseline(name, None, found))
-        else:
-            compared.append(Baseline(name, try_plan(problem, found, items)))
-    everything = tried + [b.tried for b in compared if b.tried is not None]
-    best = best_tried(problem, everything)
+    items = sample(problem, max(sum(c.rows for c in s.load.replicas) for s in able), requests)
+    steps = len(able) + 1
+    tried: list[Tried] = []
+
+    def attempt(one: Scored) -> Tried:
+        for known in tried:
+            if known.plan.replicas == one.plan.replicas:
+                return known
+        progress(f"simulating {one.plan.name}", len(tried), steps)
+        tried.append(try_plan(problem, one, items))
+        return tried[-1]
+
+    for one in listed:
+        attempt(one)
+    compared = [
+        Baseline(name, None, found) if isinstance(found, str) else Baseline(name, attempt(found))
+        for name, found in usual
+    ]
+    best = best_tried(problem, tried)
+    if baselines and len(best.plan.devices()) > len(best.plan.replicas):
+        name = "the choice, split equally"
+        equal = score_or_reason(problem, equalised(best.plan, problem.model), name)
+        first = Baseline(name, None, equal) if isinstance(equal, str) else Baseline(name, attempt(equal))
+        compared.insert(0, first)
+        best = best_tried(problem, tried)
     return Choice(
         goal=goal_of(problem),
         best=best,
         others=tuple(t for t in tried if t is not best),
         baselines=tuple(compared),
-        front=tuple(pareto(everything)),
+        front=tuple(pareto(tried)),
         considered=len(scored),
         search_s=searched - began,
         trial_s=time.perf_counter() - searched,

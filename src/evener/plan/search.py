@@ -117,19 +117,24 @@ def worker_sets(devices: Sequence[Device]) -> list[tuple[Device, ...]]:
 
 
 def describe_shape(replicas: Sequence[Replica]) -> str:
-    """`tp2-pp3` for one replica, `2 x pp3 + tp2` for several; what is 1 is left out."""
-    shapes = []
-    for replica in replicas:
-        sizes = [len(s.shards) for s in replica.stages]
-        if len(set(sizes)) > 1:
-            shape = "pp(" + ",".join(f"tp{n}" for n in sizes) + ")"
-        else:
-            parts = [f"tp{sizes[0]}"] if sizes[0] > 1 else []
-            parts += [f"pp{len(sizes)}"] if len(sizes) > 1 else []
-            shape = "-".join(parts) or "one"
-        shapes.append(shape)
+    """`dp2-tp2` for like replicas, `tp2 + 2 x pp3` for unlike ones, the device's name where it is a whole replica."""
+    shapes = [_shape(replica) for replica in replicas]
+    if len(set(shapes)) == 1:
+        parts = [f"dp{len(shapes)}"] if len(shapes) > 1 else []
+        parts += [shapes[0]] if shapes[0] else []
+        return "-".join(parts) or replicas[0].devices()[0]
     counted = {s: shapes.count(s) for s in dict.fromkeys(shapes)}
-    return " + ".join(f"{n} x {s}" if n > 1 else s for s, n in counted.items())
+    names = {s: s or "single" for s in counted}
+    return " + ".join(f"{n} x {names[s]}" if n > 1 else names[s] for s, n in counted.items())
+
+
+def _shape(replica: Replica) -> str:
+    sizes = [len(s.shards) for s in replica.stages]
+    if len(set(sizes)) > 1:
+        return "pp(" + ",".join(f"tp{n}" for n in sizes) + ")"
+    parts = [f"tp{sizes[0]}"] if sizes[0] > 1 else []
+    parts += [f"pp{len(sizes)}"] if len(sizes) > 1 else []
+    return "-".join(parts)
 
 
 def shortage(problem: Problem) -> str:
