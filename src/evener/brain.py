@@ -5,6 +5,7 @@ decides what a lost worker means. Live workers and the simulator are two bodies 
 """
 
 import math
+from collections.abc import Callable
 
 from msgspec import Struct
 
@@ -74,7 +75,7 @@ class Brain:
         config: BrainConfig,
         journal: Journal | None = None,
     ) -> None:
-        """`kv_blocks`: per replica, the fewest blocks that any of its shards can hold. `journal` hears of everything."""
+        """`kv_blocks`: per replica, the fewest blocks that any of its shards can hold. `journal` hears of it all."""
         self.plan = plan
         self.journal = journal
         self._states: dict[int, tuple[HoldKind, bool, bool]] = {}
@@ -82,6 +83,8 @@ class Brain:
         self._anybody_waits = False
         self.config = config
         self.costs = costs
+        self.touch: Callable[[int, bool], None] | None = None
+        """A body that runs ahead sets this; it is called before a replica is read (False) or changed (True)."""
         self.router: Router = make_router(config.router)
         self.lengths = LengthEstimator()
         self.replicas = [
@@ -134,6 +137,7 @@ class Brain:
         elif isinstance(event, TimerFired):
             replica = self._timers.pop(event.timer_id, None)
             if replica is not None and replica not in self.down:
+                self._change(replica)
                 self._pump(replica, now, out)
         elif isinstance(event, WorkerDown):
             self._worker_down(event, now, out)
@@ -182,6 +186,7 @@ class Brain:
         seq = Sequence(request, self._order, now)
         replica = self._route(seq, [r for r in alive if r.config.kv_blocks >= need])
         self._live[request.request_id] = (replica.index, seq)
+        self._change(replica.index)
         replica.add(seq)
         self._milestone(request.request_id, replica.index, now, Milestone.ARRIVED, request.prompt_len)
         self._pump(replica.index, now, out)
@@ -189,6 +194,9 @@ class Brain:
     def _route(self, seq: Sequence, among: list[ReplicaEngine]) -> ReplicaEngine:
         if len(among) == 1:
             return among[0]
+        if self.touch is not None:
+            for replica in among:
+                self.touch(replica.index, False)
         self._learn_from_running(among)
         loads = [load_of(r, seq, self.lengths) for r in among]
         done = seq.target - seq.request.prompt_len
@@ -229,6 +237,7 @@ class Brain:
         if found is None:
             return
         index, seq = found
+        self._change(index)
         self.replicas[index].end(seq)
         self._ended(event.request_id, now)
         finish = "stop" if event.stopped else "cancelled"
@@ -242,6 +251,7 @@ class Brain:
             return
         self.down[index] = f"worker {event.device} lost: {event.reason}"
         self._held.pop(index, None)
+        self._change(index)
         if self.journal is not None:
             self.journal.down(index, now, self.down[index])
         for seq in self.replicas[index].abandon():
@@ -255,6 +265,7 @@ class Brain:
                 continue
             # What was emitted is forced on replay, never sampled again: the client sees no seam.
             target = self._route(seq, fits)
+            self._change(target.index)
             target.requeue(seq)
             self._live[request.request_id] = (target.index, seq)
             self._milestone(request.request_id, target.index, now, Milestone.MOVED, seq.emitted)
@@ -265,6 +276,7 @@ class Brain:
     def _shutdown(self, event: Shutdown, now: Nanoseconds, out: list[Command]) -> None:
         self._closed = event.reason
         for request_id, (index, seq) in list(self._live.items()):
+            self._change(index)
             self.replicas[index].end(seq)
             self._ended(request_id, now)
             out.append(Refuse(request_id, "unavailable", event.reason))
@@ -308,6 +320,7 @@ class Brain:
                 source = max(alive, key=lambda r: (r.waiting_rows(), -r.index))
                 if source.waiting_rows() == 0 or source is idle:
                     continue
+                self._change(source.index)
                 seq = source.take_waiting(idle.config.kv_blocks * idle.config.block_tokens)
                 if seq is not None:
                     idle.add(seq)
@@ -352,6 +365,10 @@ class Brain:
         if anybody != self._anybody_waits:
             self._anybody_waits = anybody
             journal.waiting(now, anybody)
+
+    def _change(self, index: int) -> None:
+        if self.touch is not None:
+            self.touch(index, True)
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ class Policy(Protocol):
 
     name: str
     prefix_caching: bool
+    repeats: bool
+    """While nobody comes, goes or can be admitted, each batch is one more step of the same rows and nothing else."""
 
     def compose(self, replica: ReplicaEngine, build: BatchBuilder, now: Nanoseconds) -> Hold | None:
         """Fill `build`; leave it empty when nothing can run, saying why with a Hold if work waits."""
@@ -42,6 +44,7 @@ class Fcfs:
 
     name = "fcfs"
     prefix_caching = True
+    repeats = True
 
     def compose(self, replica: ReplicaEngine, build: BatchBuilder, now: Nanoseconds) -> Hold | None:
         """Decode everything that can, then fill the token budget with prompts in order."""
@@ -79,6 +82,7 @@ class EqualTime:
 
     name = "equal-time"
     prefix_caching = True
+    repeats = True
     smallest_chunk = 64
     """Tokens; below this the GEMMs lose more than the pipeline gains."""
 
@@ -163,6 +167,7 @@ class Static:
 
     name = "static"
     prefix_caching = False
+    repeats = False
 
     def compose(self, replica: ReplicaEngine, build: BatchBuilder, now: Nanoseconds) -> Hold | None:
         """Run the present batch, or gather the next one."""

@@ -271,6 +271,48 @@ class ReplicaEngine:
         self.in_flight.append(InFlight(batch_id, stepped, rows, build.capped, batch.shape, made_of))
         return IssueBatch(self.index, batch)
 
+    def steady_steps(self, most: int) -> int:
+        """How many of the next batches (up to `most`) are plain decode steps of the present rows, as far as known here.
+
+        True ends, arrivals and cancellations may end that earlier, and are for the caller to see. 0 where that cannot
+        be said, though it may be so.
+        """
+        group = self.groups[0]
+        if (
+            len(self.groups) > 1 or not self.policy.repeats or len(self.in_flight) < self.config.depth
+            or not group.rows or group.pending or group.leaving or self._prefilling or self._limbo
+            or self.dropped_slots or self.table_changes
+            or (self.waiting.rows and self._free_slots and not self.short_of_kv)
+        ):  # fmt: skip
+            return 0
+        steps = min(most, group.steps_to_cap())
+        available = self.pool.available
+        if available < len(group.rows) * (1 + steps // self.config.block_tokens):
+            while steps and sum(len(rows) * count for rows, count in group.blocks_of(steps)) > available:
+                steps //= 2
+        return steps
+
+    def skip(self, steps: int) -> int:
+        """Do at once what so many results and issues do (within `steady_steps`); the number of the first batch."""
+        group, first = self.groups[0], self._next_batch
+        for rows, count in group.blocks_of(steps):
+            blocks = self.pool.allocate(len(rows) * count)
+            assert blocks is not None, "a run of steps took more KV blocks than there were"
+            for k, seq in enumerate(rows.values()):
+                seq.blocks += blocks[k * count : (k + 1) * count]
+        n = len(group.rows)
+        for k in range(max(0, steps - 2), steps):
+            shape = BatchShape(decode_rows=n, decode_context=group.context + n * k, sampled_rows=n)
+            record = InFlight(first + k, group, group.snapshot(), [], shape, MakeUp(shape))
+            record.step = group.steps + k + 1
+            self.in_flight.popleft()
+            self.in_flight.append(record)
+        self._next_batch += steps
+        self._completed += steps
+        self.late_rows = 0
+        group.advance(first + steps - 1, steps)
+        return first
+
     def batch_done(self, result: BatchResult) -> list[Answer]:
         """Account for the oldest batch in flight: new tokens, ends, freed blocks."""
         record = self.in_flight.popleft()

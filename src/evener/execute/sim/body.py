@@ -1,18 +1,26 @@
 """The simulated body: the same brain, a virtual clock, and the cost model in place of workers.
 
-A heap of events with a fixed order for ties, integer nanoseconds. True output lengths are known here and nowhere else:
-the brain learns of an end when the batch that samples it is done.
+A heap of events in integer nanoseconds. Events at the same time have a fixed order: arrivals, cancellations, failures,
+slow-downs, timers, results; then by number (of the request, the timer, the replica). True output lengths are known
+here and nowhere else: the brain learns of an end when the batch that samples it is done.
+
+Use it like this; `Ledger` and `on_end` are optional:
+
+    ledger = Ledger(plan, costs, start=Nanoseconds(0))
+    brain = Brain(plan, kv_blocks, costs, BrainConfig(), journal=ledger)
+    outcomes = Simulator(brain, costs, traffic, host_ns=300_000, ledger=ledger).run()
+
+Traffic is read as it is needed, in order of arrival, so a generator of a million requests costs no memory. With
+`on_end`, outcomes go there as requests end and are not kept. With `fast` (law 9), runs of decode steps in which nothing
+can change skip the brain; outcomes, times, ledger and the brain's state are those of stepping, to the nanosecond.
 """
 
 import heapq
-from collections.abc import Iterable
-from typing import NamedTuple
-
-from msgspec import Struct
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
 
 from evener.brain import Brain
 from evener.cost.base import CostModel
-from evener.engine.batch import Batch, BatchResult
 from evener.engine.events import (
     Answer,
     Arrived,
@@ -26,86 +34,45 @@ from evener.engine.events import (
     TimerFired,
     WorkerDown,
 )
-from evener.engine.request import Request
+from evener.errors import InvalidTrace
+from evener.execute.sim.forward import Runs
+from evener.execute.sim.pipeline import Pipeline
+from evener.execute.sim.traffic import Failure, Outcome, SimRequest, SlowDown
+from evener.ledger.spans import Journal, Span
 from evener.units import Nanoseconds
 
+__all__ = ["Failure", "Outcome", "SimRequest", "Simulator", "SlowDown"]
 
-class SimRequest(Struct, frozen=True):
-    """A request, when it arrives, and the truth about it."""
-
-    request: Request
-    arrival: Nanoseconds
-    output_len: int
-    """The next token after this many is the end of sequence."""
-    cancel_at: Nanoseconds | None = None
+ARRIVAL, CANCEL, FAILURE, SLOW_DOWN, TIMER, DONE = range(6)
+"""Kinds of events; at one time, the earlier in this list comes first."""
 
 
-class Failure(Struct, frozen=True):
-    """A device is lost at a given time."""
+class SpanLedger(Journal, Protocol):
+    """What the simulator tells besides what the brain does; `evener.ledger.ledger.Ledger` is one."""
 
-    device: str
-    at: Nanoseconds
+    def span(self, span: Span) -> None:
+        """A device did this."""
+        ...
 
+    def up(self, replica: int, now: Nanoseconds) -> None:
+        """A replica is ready."""
+        ...
 
-class Outcome(Struct):
-    """What became of a request. Times are absolute nanoseconds."""
-
-    request_id: str
-    arrival: Nanoseconds
-    first_token: Nanoseconds | None = None
-    ended: Nanoseconds | None = None
-    tokens: int = 0
-    finish: str = ""
-    """`stop`, `length`, `cancelled`, or the error code of a refusal."""
+    def settle(self, now: Nanoseconds) -> None:
+        """Everything before `now` was told."""
+        ...
 
 
-class _Row:
-    """Executor's knowledge of one slot."""
+class Moment(NamedTuple):
+    """One event, in the order in which events happen."""
 
-    __slots__ = ("ends_after", "group", "joined_at", "ready", "sampled")
-
-    def __init__(self, sampled: int, ends_after: int) -> None:
-        self.sampled = sampled
-        self.ends_after = ends_after
-        self.group: _Group | None = None
-        self.joined_at = 0
-        self.ready = 0
-        """When its newest token is known to the first stage."""
-
-
-class _Group:
-    __slots__ = ("ends", "ready", "slots", "steps")
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.slots: dict[int, _Row] = {}
-        self.ends: list[tuple[int, int]] = []
-        """(step that samples the end of sequence, slot)."""
-        self.ready = 0
-
-    def let_go(self, slot: int) -> None:
-        """A slot leaves; its row learns what it sampled here."""
-        row = self.slots.pop(slot, None)
-        if row is not None and row.group is self:
-            row.sampled += self.steps - row.joined_at
-            row.ready = max(row.ready, self.ready)
-            row.group = None
-
-
-class _Pipeline:
-    """One replica: when each stage is free, and the state of its slots."""
-
-    def __init__(self, stages: int) -> None:
-        self.free = [0] * stages
-        self.rows: dict[int, _Row] = {}
-        self.groups: dict[int, _Group] = {}
-        self.alive = True
-
-
-class _Timed(NamedTuple):
     at: int
-    order: int
-    event: Event
+    kind: int
+    number: int
+    """Tells events of one kind apart: the request's, the timer's, the replica's."""
+    serial: int = 0
+    """DONE: void unless the pipeline's `armed` is the same."""
+    what: Event | SlowDown | None = None
 
 
 class Simulator:
@@ -118,49 +85,162 @@ class Simulator:
         traffic: Iterable[SimRequest],
         failures: Iterable[Failure] = (),
         host_ns: int = 0,
+        *,
+        slow_downs: Iterable[SlowDown] = (),
+        ledger: SpanLedger | None = None,
+        on_end: Callable[[Outcome], None] | None = None,
+        fast: bool = True,
     ) -> None:
-        """`host_ns`: time between a result and what the brain issues upon it, and between issue and start."""
+        """`host_ns`: time between a result and what the brain issues upon it, and between issue and start.
+
+        `ledger` must be the brain's journal. `traffic` must be sorted by arrival (InvalidTrace, when it is read).
+        """
+        assert ledger is None or brain.journal is ledger, "the ledger must be the brain's journal"
         self.brain = brain
-        self.costs = costs
-        self.host_ns = host_ns
         self.now = Nanoseconds(0)
         self.outcomes: dict[str, Outcome] = {}
-        self.issued: list[tuple[Nanoseconds, IssueBatch]] = []
-        self._truth: dict[str, int] = {}
-        self._heap: list[_Timed] = []
-        self._order = 0
-        self._pipelines = [_Pipeline(len(r.stages)) for r in brain.plan.replicas]
-        for item in traffic:
-            self._truth[item.request.request_id] = item.output_len
-            self.outcomes[item.request.request_id] = Outcome(item.request.request_id, item.arrival)
-            self._push(item.arrival, Arrived(item.request))
-            if item.cancel_at is not None:
-                self._push(item.cancel_at, Cancelled(item.request.request_id))
-        for failure in failures:
-            self._push(failure.at, WorkerDown(failure.device, "failed as planned"))
+        """Of all requests; with `on_end`, of the unfinished ones."""
+        self.events = 0
+        """Consumed so far, skipped steps included."""
+        self.truth: dict[str, int] = {}
+        """Output lengths of unfinished requests."""
+        self._ledger = ledger
+        self._on_end = on_end
+        self._traffic = iter(traffic)
+        self._next: SimRequest | None = None
+        self._arrived = 0
+        self._heap: list[Moment] = []
+        self._pipelines = [
+            Pipeline(r, replica, costs, self.truth, host_ns, ledger is not None)
+            for r, replica in enumerate(brain.plan.replicas)
+        ]
+        self._slowed: dict[str, list[SlowDown]] = {}
+        for number, failure in enumerate(failures):
+            self._push(Moment(failure.at, FAILURE, number, 0, WorkerDown(failure.device, "failed as planned")))
+        varying = set()
+        for number, slow in enumerate(slow_downs):
+            self._push(Moment(slow.at, SLOW_DOWN, number, 0, slow))
+            varying |= {p.index for p in self._pipelines if slow.device in p.devices}
+        self._runs = Runs(brain, self._pipelines, ledger, varying) if fast else None
+        if self._runs is not None:
+            brain.touch = self._touch
+        self._moment = Moment(0, ARRIVAL, -1)
+        if ledger is not None:
+            for r in range(len(self._pipelines)):
+                ledger.up(r, Nanoseconds(0))
+        self._read()
+
+    # ---- running ----------------------------------------------------------------------------------------------
 
     def run(self) -> list[Outcome]:
-        """Until nothing is left to happen."""
-        while self._heap:
+        """Until nothing is left to happen. The outcomes, in order of arrival (none with `on_end`)."""
+        while self.pending:
             self.advance()
-        return list(self.outcomes.values())
+        if self._ledger is not None:
+            self._ledger.settle(self.now)
+        return [] if self._on_end is not None else list(self.outcomes.values())
+
+    @property
+    def pending(self) -> bool:
+        """Something is left to happen."""
+        heap = self._heap
+        while heap and heap[0].kind == DONE and self._pipelines[heap[0].number].armed != heap[0].serial:
+            heapq.heappop(heap)
+        return bool(heap) or self._next is not None
 
     def advance(self) -> list[Command]:
-        """The next event, and what the brain made of it."""
-        timed = heapq.heappop(self._heap)
-        self.now = Nanoseconds(timed.at)
-        event = timed.event
-        if isinstance(event, BatchDone) and not self._pipelines[event.replica].alive:
-            return []
-        if isinstance(event, WorkerDown):
+        """The next event (`pending` must be true), and what the brain made of it. Skipped steps give no commands."""
+        assert self.pending
+        upcoming, heap = self._next, self._heap
+        self.events += 1
+        if upcoming is not None and (not heap or upcoming.arrival <= heap[0].at):
+            return self._arrive(upcoming)
+        moment = heapq.heappop(heap)
+        self._moment = moment
+        self.now = Nanoseconds(moment.at)
+        if moment.kind == DONE:
+            return self._done(moment.number)
+        event = moment.what
+        if isinstance(event, SlowDown):
             for pipeline, replica in zip(self._pipelines, self.brain.plan.replicas, strict=True):
-                if event.device in replica.devices():
-                    pipeline.alive = False
-        commands = self.brain.step(event, self.now)
+                for s, stage in enumerate(replica.stages):
+                    for k, shard in enumerate(stage.shards):
+                        if shard.device == event.device:
+                            pipeline.slow_down(s, k, event.factor)
+            return []
+        assert event is not None
+        if isinstance(event, WorkerDown):
+            return self._fail(event)
+        return self._carry_out(self.brain.step(event, self.now))
+
+    def catch_up(self) -> None:
+        """Bring the brain's state up to `now`, where steps were skipped."""
+        for pipeline in self._pipelines:
+            self._touch(pipeline.index, False)
+
+    # ---- events -----------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        """The next request, looked at ahead."""
+        before = self._next
+        self._next = next(self._traffic, None)
+        if self._next is not None and before is not None and self._next.arrival < before.arrival:
+            raise InvalidTrace(
+                f"request {self._next.request.request_id} arrives at {self._next.arrival} ns, before the one in front "
+                f"of it ({before.arrival} ns); sort the traffic by arrival"
+            )
+
+    def _arrive(self, item: SimRequest) -> list[Command]:
+        request = item.request
+        self._moment = Moment(item.arrival, ARRIVAL, self._arrived)
+        self._arrived += 1
+        self.now = item.arrival
+        self.truth[request.request_id] = item.output_len
+        self.outcomes[request.request_id] = Outcome(request.request_id, item.arrival, prompt_len=request.prompt_len)
+        if item.cancel_at is not None and item.cancel_at >= item.arrival:
+            self._push(Moment(item.cancel_at, CANCEL, self._arrived, 0, Cancelled(request.request_id)))
+        self._read()
+        return self._carry_out(self.brain.step(Arrived(request), self.now))
+
+    def _done(self, index: int) -> list[Command]:
+        pipeline = self._pipelines[index]
+        if self._runs is not None:
+            self.events += self._runs.finish(index)
+        flight = pipeline.in_flight.popleft()
+        if self._ledger is not None:
+            for span in flight.spans:
+                self._ledger.span(span)
+        before = pipeline.armed
+        commands = self._carry_out(self.brain.step(BatchDone(index, flight.result), self.now))
+        if (self._runs is not None and self._runs.start(index)) or pipeline.armed == before:
+            self._arm(pipeline)
+        return commands
+
+    def _fail(self, event: WorkerDown) -> list[Command]:
+        hit = [p for p in self._pipelines if p.alive and event.device in p.devices]
+        for pipeline in hit:
+            self._touch(pipeline.index, True)
+            pipeline.lose()
+            self._arm(pipeline)
+        return self._carry_out(self.brain.step(event, self.now))
+
+    def _touch(self, index: int, changes: bool) -> None:
+        """The brain is about to read (or change) a replica: catch up with the steps it was spared until now."""
+        if self._runs is not None and self._runs.running(index):
+            self.events += self._runs.catch_up(index, self._moment.at, self._moment.kind == DONE, self._moment.number)
+            if changes:
+                self._runs.stop(index)
+                self._arm(self._pipelines[index])
+
+    # ---- commands ---------------------------------------------------------------------------------------------
+
+    def _carry_out(self, commands: list[Command]) -> list[Command]:
         for command in commands:
             if isinstance(command, IssueBatch):
-                self.issued.append((self.now, command))
-                self._issue(command.replica, command.batch)
+                pipeline = self._pipelines[command.replica]
+                pipeline.issue(self.now, command.batch)
+                if len(pipeline.in_flight) == 1:
+                    self._arm(pipeline)
             elif isinstance(command, Answer):
                 outcome = self.outcomes[command.request_id]
                 outcome.tokens += command.count
@@ -171,65 +251,25 @@ class Simulator:
             elif isinstance(command, Refuse):
                 self._end(self.outcomes[command.request_id], command.code)
             elif isinstance(command, SetTimer):
-                self._push(max(command.at, self.now), TimerFired(command.timer_id))
+                at = max(command.at, self.now)
+                self._push(Moment(at, TIMER, command.timer_id, 0, TimerFired(command.timer_id)))
         return commands
 
     def _end(self, outcome: Outcome, finish: str) -> None:
         assert not outcome.finish, f"{outcome.request_id} ended twice: {outcome.finish}, {finish}"
         outcome.ended, outcome.finish = self.now, finish
+        self.truth.pop(outcome.request_id)
+        if self._on_end is not None:
+            self._on_end(self.outcomes.pop(outcome.request_id))
 
-    def _push(self, at: int, event: Event) -> None:
-        self._order += 1
-        heapq.heappush(self._heap, _Timed(at, self._order, event))
+    def _push(self, moment: Moment) -> None:
+        heapq.heappush(self._heap, moment)
 
-    def _issue(self, index: int, batch: Batch) -> None:
-        pipeline = self._pipelines[index]
-        ended, needs, group = self._track(pipeline, batch)
-        at = max(self.now + self.host_ns, needs)
-        for stage in range(len(pipeline.free)):
-            at = max(at, pipeline.free[stage]) + self.costs.stage_ns(index, stage, batch.shape)
-            pipeline.free[stage] = at
-        if group is not None:
-            group.ready = at
-        for chunk in batch.chunks:
-            pipeline.rows[chunk.slot].ready = at
-        self._push(at + self.host_ns, BatchDone(index, BatchResult(batch.batch_id, batch.epoch, None, ended)))
-
-    def _track(self, pipeline: _Pipeline, batch: Batch) -> tuple[list[tuple[int, int]], int, _Group | None]:
-        """Apply a batch: (slots that end with their output lengths, when its input tokens are known, group stepped)."""
-        for slot in batch.drop:
-            pipeline.rows.pop(slot, None)
-        for new in batch.new:
-            pipeline.rows[new.slot] = _Row(new.n_tokens - new.prompt_len, self._truth[new.request_id])
-        needs = 0
-        ended: list[tuple[int, int]] = []
-        group: _Group | None = None
-        if batch.group >= 0:
-            group = pipeline.groups.setdefault(batch.group, _Group())
-            for slot in batch.leave:
-                group.let_go(slot)
-            for slot in batch.join:
-                row = pipeline.rows[slot]
-                if row.group is not None:  # its old group has had no batch to say so since
-                    row.group.let_go(slot)
-                row.group, row.joined_at = group, group.steps
-                group.slots[slot] = row
-                needs = max(needs, row.ready)
-                heapq.heappush(group.ends, (group.steps + max(0, row.ends_after - row.sampled), slot))
-            if batch.step:
-                needs = max(needs, group.ready)
-                while group.ends and group.ends[0][0] <= group.steps:
-                    _, slot = heapq.heappop(group.ends)
-                    found = group.slots.get(slot)
-                    # A slot that left and came back has a stale entry beside its own.
-                    if found is not None and found.sampled + group.steps - found.joined_at == found.ends_after:
-                        found.ends_after = -1 - found.ends_after
-                        ended.append((slot, -1 - found.ends_after))
-                group.steps += 1
-        for chunk in batch.chunks:
-            if chunk.sample:
-                row = pipeline.rows[chunk.slot]
-                if row.sampled == row.ends_after:
-                    ended.append((chunk.slot, row.ends_after))
-                row.sampled += 1
-        return ended, needs, group if batch.step else None
+    def _arm(self, pipeline: Pipeline) -> None:
+        """Whatever comes next of this pipeline replaces what was to come."""
+        pipeline.armed += 1
+        at = self._runs.ends(pipeline.index) if self._runs is not None else None
+        if at is None and pipeline.in_flight:
+            at = pipeline.in_flight[0].done
+        if at is not None:
+            heapq.heappush(self._heap, Moment(at, DONE, pipeline.index, pipeline.armed))

@@ -1,0 +1,208 @@
+"""Fast-forward (law 9): runs of decode steps in which nothing can change skip the brain.
+
+A run begins when both batches in flight at a replica are plain decode steps of the same rows and its engine knows that
+the next `n` would be the same (`ReplicaEngine.steady_steps`: no row samples its last token, KV blocks suffice, nobody
+who waits could be admitted). It is bounded by the first true end too, which is known to the body alone. The times of
+all its steps follow from the cost model at once.
+
+Whoever reads the replica in between makes the brain catch up with the results that it would have seen by then
+(`catch_up`), and the run goes on; whoever changes it ends the run (`stop`). The last two steps are always in flight as
+ordinary batches, so that ordinary stepping can go on from any point.
+
+The ledger is told of the steps between as one span with `repeat`.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evener.brain import Brain
+from evener.cost.base import BatchShape, DecodeRun
+from evener.engine.batch import BatchResult
+from evener.execute.sim.pipeline import Flight, Pipeline, make_span
+from evener.ledger.spans import MakeUp, Span
+from evener.units import Nanoseconds
+
+if TYPE_CHECKING:
+    from evener.execute.sim.body import SpanLedger
+
+LEAST = 4
+"""Steps; for fewer, a run costs more than it saves."""
+MOST = 128
+"""Steps of one run; many are cut short by an arrival, and their times are worked out for nothing."""
+
+
+class _Run:
+    """Steps 0 .. n - 1 that will be issued to one replica, of which the brain has issued the first `at`."""
+
+    __slots__ = ("at", "busy", "context", "dones", "ends", "epoch", "host_ns", "rows", "shards")
+
+    def __init__(self, times: DecodeRun, pipeline: Pipeline, rows: int, context: int) -> None:
+        first, second = pipeline.in_flight
+        host_ns = pipeline.host_ns
+        self.host_ns = host_ns
+        self.rows, self.context = rows, context
+        self.epoch = second.result.epoch
+        self.at = 0
+        self.shards = times.shards
+        self.busy = times.busy
+        own = times.busy + times.host
+        own[0] += max(second.end, first.done + host_ns)
+        if times.host + int(times.busy.min()) >= 2 * host_ns:
+            # A step takes longer than its successor needs to be handed over: each begins when the one before ends.
+            self.ends: list[int] = np.cumsum(own).tolist()
+        else:
+            self.ends = _one_by_one(own.tolist(), second.end, 2 * host_ns)
+        self.dones = [first.done, second.done, *[e + host_ns for e in self.ends[:-2]]]
+        """When step k is issued: with the result of the batch two before it."""
+
+    def parts(self, rank: int, first: int, count: int) -> list[int]:
+        """Compute, contended, straggler and transfer of one shard over some steps."""
+        of: NDArray[np.int64] = self.shards[rank, :, first : first + count]
+        return [int(x) for x in of.sum(axis=1)]
+
+
+def _one_by_one(own: Sequence[int], before: int, handing: int) -> list[int]:
+    """Ends of steps that begin when the one before ended and that two before was `handing` ago."""
+    ends = [own[0]]  # the first has its start in it already
+    for time in own[1:]:
+        start = max(ends[-1], before + handing)
+        before = ends[-1]
+        ends.append(start + time)
+    return ends
+
+
+class Runs:
+    """The runs of all replicas: at most one each."""
+
+    def __init__(
+        self, brain: Brain, pipelines: list[Pipeline], ledger: "SpanLedger | None", never: Collection[int] = ()
+    ) -> None:
+        """`never`: replicas whose times may change at any moment."""
+        self._brain = brain
+        self._pipelines = pipelines
+        self._ledger = ledger
+        self._never = never
+        self._runs: list[_Run | None] = [None] * len(pipelines)
+
+    def running(self, index: int) -> bool:
+        """A run is going on at this replica."""
+        return self._runs[index] is not None
+
+    def ends(self, index: int) -> int | None:
+        """When the first result of a run that is not skipped comes; None without a run."""
+        run = self._runs[index]
+        return None if run is None else run.ends[-2] + run.host_ns
+
+    def start(self, index: int) -> bool:
+        """Begin a run if the replica is in for one."""
+        pipeline = self._pipelines[index]
+        flights = pipeline.in_flight
+        if len(flights) != 2 or not (flights[0].plain and flights[1].plain):
+            return False
+        if len(pipeline.free) != 1 or index in self._never:
+            return False
+        engine = self._brain.replicas[index]
+        steps = engine.steady_steps(MOST)
+        if steps < LEAST:
+            return False
+        group = engine.groups[0]
+        known = pipeline.rows.groups[group.group_id]
+        if known.ends:
+            steps = min(steps, known.ends[0][0] - known.steps)
+            if steps < LEAST:
+                return False
+        times = pipeline.costs.decode_run(index, 0, len(group.rows), group.context, steps)
+        self._runs[index] = _Run(times, pipeline, len(group.rows), group.context)
+        return True
+
+    def stop(self, index: int) -> None:
+        """The replica goes on step by step from where it is."""
+        self._runs[index] = None
+
+    def finish(self, index: int) -> int:
+        """The end of a run has come, if there is one: catch up with all of it. How many results were skipped."""
+        run = self._runs[index]
+        if run is None:
+            return 0
+        left = len(run.ends) - run.at
+        if left:
+            self._go(index, run, left)
+        self._runs[index] = None
+        return left
+
+    def catch_up(self, index: int, at: int, is_result: bool, number: int) -> int:
+        """Consume the results that come before an event at `at`: before all else, or the result of replica `number`."""
+        run = self._runs[index]
+        assert run is not None
+        cut = bisect_right if is_result and index < number else bisect_left
+        count = cut(run.dones, at, lo=run.at) - run.at
+        if count:
+            self._go(index, run, count)
+        return count
+
+    def _go(self, index: int, run: _Run, count: int) -> None:
+        """The brain sees `count` results and issues as many steps."""
+        pipeline = self._pipelines[index]
+        engine = self._brain.replicas[index]
+        flights, begin = pipeline.in_flight, run.at
+        first_id = engine.skip(count)
+        if self._ledger is not None:
+            self._tell(self._ledger, index, run, flights[0], flights[1], first_id, count)
+        for step in range(max(begin, begin + count - 2), begin + count):
+            spans = self._spans(index, run, step, 1, first_id + step - begin) if self._ledger is not None else []
+            result = BatchResult(first_id + step - begin, run.epoch, None, [])
+            end = run.ends[step]
+            flights.popleft()
+            flights.append(Flight(end, end + run.host_ns, result, True, spans))
+        run.at += count
+        group = pipeline.rows.groups[engine.groups[0].group_id]
+        group.steps += count
+        group.ready = pipeline.free[0] = run.ends[run.at - 1]
+
+    def _tell(
+        self, ledger: "SpanLedger", index: int, run: _Run, one: Flight, two: Flight, first_id: int, count: int
+    ) -> None:
+        """Issues, spans and results in the order in which stepping tells them."""
+        at, dones = run.at, run.dones
+
+        def issued(step: int, repeat: int = 1) -> None:
+            # The context in the middle of the steps, for what the ledger counts by shape.
+            keys = run.context + run.rows * step + run.rows * (repeat - 1) // 2
+            shape = BatchShape(decode_rows=run.rows, decode_context=keys, sampled_rows=run.rows)
+            ledger.issued(index, first_id + step - at, Nanoseconds(dones[step]), MakeUp(shape))
+
+        def done(flight: Flight, when: int) -> None:
+            for span in flight.spans:
+                ledger.span(span)
+            ledger.done(index, flight.result.batch_id, Nanoseconds(when), 0)
+
+        between = count - 2
+        done(one, dones[at])
+        issued(at, max(1, between))
+        if count == 1:
+            return
+        done(two, dones[at + 1])
+        if between:
+            for span in self._spans(index, run, at, between, first_id):
+                ledger.span(span)
+            issued(at + between)
+            ledger.done(index, first_id, Nanoseconds(dones[at + count - 1]), 0)
+        issued(at + count - 1)
+
+    def _spans(self, index: int, run: _Run, first: int, count: int, batch_id: int) -> list[Span]:
+        """What each shard of the stage does in steps first .. first + count - 1."""
+        began = run.ends[first] - int(run.busy[first])
+        ended = run.ends[first + count - 1]
+        out = []
+        for rank in range(len(run.shards)):
+            compute, contended, straggler, transfer = run.parts(rank, first, count)
+            host = ended - began - compute - contended - straggler - transfer
+            out.append(
+                make_span(index, 0, rank, run.epoch, batch_id, began, ended, compute, compute, contended, straggler,
+                     transfer, 0, 0, count, host)
+            )  # fmt: skip
+        return out
