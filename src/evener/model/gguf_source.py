@@ -15,7 +15,7 @@ from evener.errors import UnsupportedModel
 from evener.model.families import Config, base, family_of_gguf
 from evener.model.gguf_file import GgufFile
 from evener.model.gguf_tokenizer import load_tokenizer
-from evener.model.source import ModelSource, check_interval, check_tensors
+from evener.model.source import ModelSource, check_tensors
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Interval
 
@@ -57,31 +57,19 @@ class GgufSource(ModelSource):
                 f"{where} is one of {meta['split.count']} split files; merge them with llama.cpp's `gguf-split --merge`"
             )
         self._permuted = family.gguf_permutes_qk
-        found = {hf_name(n): e.shape for n, e in self._file.tensors.items() if n != ROPE_DIVISORS}
-        self.spec = with_found_biases(
-            family.spec(Config(config_of(meta, arch, family.name, found, where), where)), found
-        )
-        check_tensors(where, self.spec, found)
+        self.shapes = {hf_name(n): e.shape for n, e in self._file.tensors.items() if n != ROPE_DIVISORS}
+        config = Config(config_of(meta, arch, family.name, self.shapes, where), where)
+        self.spec = with_found_biases(family.spec(config), self.shapes)
+        check_tensors(where, self.spec, self.shapes)
 
-    def read(
-        self,
-        name: str,
-        rows: Interval | None = None,
-        cols: Interval | None = None,
-        dtype: "torch.dtype | None" = None,
-    ) -> "torch.Tensor":
+    def _read(self, name: str, rows: Interval, cols: Interval | None, dtype: "torch.dtype") -> "torch.Tensor":
         import torch
 
         stored = gguf_name(name)
-        if stored not in self._file.tensors:
-            raise UnsupportedModel(f"{self.path}: there is no tensor {name} ({stored})")
-        shape = self._file.tensors[stored].shape
-        a, b = check_interval(name, "rows", rows, shape[0])
-        c, d = check_interval(name, "columns", cols, shape[-1]) if len(shape) > 1 else (0, shape[0])
-        index: npt.NDArray[np.int64] | slice = slice(a, b)
+        index: npt.NDArray[np.int64] | slice = slice(*rows)
         if self._permuted and (".q_proj." in name or ".k_proj." in name):
-            index = interleaved_rows(a, b, self.spec.head_dim)
-        return torch.from_numpy(self._file.rows(stored, index, (c, d))).to(dtype or torch.float32)
+            index = interleaved_rows(*rows, self.spec.head_dim)
+        return torch.from_numpy(self._file.rows(stored, index, cols or (0, self.shapes[name][0]))).to(dtype)
 
     def rope_divisors(self) -> list[float] | None:
         if ROPE_DIVISORS not in self._file.tensors:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from evener.errors import InvalidInput, UnsupportedModel
-from evener.model.families import Config, base, family_of
-from evener.model.source import ModelSource, check_interval, check_tensors, first_line
+from evener.model.families import Config, family_of
+from evener.model.source import ModelSource, check_tensors, first_line
 from evener.spec.plan import Interval
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class SafetensorsSource(ModelSource):
         config = Config(self._raw, str(directory / "config.json"))
         self.spec = family_of(config).spec(config)
         self._file_of: dict[str, Path] = {}
-        self._shape_of: dict[str, base.Shape] = {}
+        self.shapes = {}
         self._handles: dict[Path, Any] = {}
         for file in self._weight_files():
             self._read_header(file)
-        check_tensors(str(directory), self.spec, self._shape_of)
+        check_tensors(str(directory), self.spec, self.shapes)
 
     def _weight_files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
@@ -64,7 +64,7 @@ class SafetensorsSource(ModelSource):
                             f"{file}: tensor {tensor} is {entry.get_dtype()}; supported: {', '.join(FLOATS)}"
                         )
                     self._file_of[tensor] = file
-                    self._shape_of[tensor] = tuple(entry.get_shape())
+                    self.shapes[tensor] = tuple(entry.get_shape())
         except (SafetensorError, OSError) as error:
             raise InvalidInput(f"{file} cannot be read as safetensors ({error}); download it again") from error
 
@@ -74,27 +74,13 @@ class SafetensorsSource(ModelSource):
             self._handles[file] = safe_open(file, framework="pt")
         return self._handles[file]
 
-    def read(
-        self,
-        name: str,
-        rows: Interval | None = None,
-        cols: Interval | None = None,
-        dtype: "torch.dtype | None" = None,
-    ) -> "torch.Tensor":
+    def _read(self, name: str, rows: Interval, cols: Interval | None, dtype: "torch.dtype") -> "torch.Tensor":
         import torch
 
-        if name not in self._file_of:
-            raise UnsupportedModel(f"{self.path}: there is no tensor {name}")
-        shape = self._shape_of[name]
-        a, b = check_interval(name, "rows", rows, shape[0])
         part = self._mapped(self._file_of[name]).get_slice(name)
-        if len(shape) == 1:
-            tensor = part[a:b]
-        else:
-            c, d = check_interval(name, "columns", cols, shape[1])
-            tensor = part[a:b, c:d]
+        tensor = part[slice(*rows)] if cols is None else part[slice(*rows), slice(*cols)]
         # A copy always, so that the shard owns its memory and no view keeps the file mapped.
-        owned: torch.Tensor = tensor.to(dtype or torch.float32, copy=True, memory_format=torch.contiguous_format)
+        owned: torch.Tensor = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
         return owned
 
     def rope_divisors(self) -> list[float] | None:

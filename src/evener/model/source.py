@@ -35,8 +35,9 @@ class ModelSource(ABC):
     name: str
     """What the server calls the model."""
     spec: ModelSpec
+    shapes: dict[str, base.Shape]
+    """Of the stored tensors, under their Hugging Face names."""
 
-    @abstractmethod
     def read(
         self,
         name: str,
@@ -49,6 +50,17 @@ class ModelSource(ABC):
         Only that interval is read (and, where quantised, only the blocks that cover it are decoded). `cols` is for
         matrices; None means all. Raises UnsupportedModel when there is no such tensor.
         """
+        import torch
+
+        if name not in self.shapes:
+            raise UnsupportedModel(f"{self.path}: there is no tensor {name}")
+        shape = self.shapes[name]
+        across = check_interval(name, "columns", cols, shape[1]) if len(shape) > 1 else None
+        return self._read(name, check_interval(name, "rows", rows, shape[0]), across, dtype or torch.float32)
+
+    @abstractmethod
+    def _read(self, name: str, rows: Interval, cols: Interval | None, dtype: "torch.dtype") -> "torch.Tensor":
+        """What `read` gives, of a tensor that is there and checked intervals; `cols` is None for vectors."""
 
     @abstractmethod
     def rope_divisors(self) -> list[float] | None:
