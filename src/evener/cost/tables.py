@@ -93,6 +93,7 @@ class AttentionFit(Struct, frozen=True):
     unit_ns: float
     error: float
     """Median relative error against the measured points."""
+    kv_dtype: str = "bf16"
 
 
 class OperatorTables(Struct, frozen=True):
@@ -141,7 +142,11 @@ class TableCosts(DeviceCosts):
         super().__init__(device, model, alone=alone, dtype=dtype, kv_dtype=kv_dtype)
         self._gemm = _grid(tables, "bf16" if dtype == "fp16" else dtype)
         self._head_gemm = tables.gemm.get("bf16", self._gemm)
-        self._tables, self._terms = tables, terms
+        self._terms = terms
+        self._attend = {
+            what: _attention(tables, fits, kv_dtype)
+            for what, fits in (("prefill", tables.prefill), ("decode", tables.decode))
+        }
 
     def _extra(self, rows: NDArray[np.int64], values_per_row: int, ops: int) -> Floats:
         """Elementwise operators: their traffic and their starts."""
@@ -155,8 +160,7 @@ class TableCosts(DeviceCosts):
         return out
 
     def _attention(self, heads: int, kv_heads: int, what: str) -> AttentionFit:
-        fits = self._tables.prefill if what == "prefill" else self._tables.decode
-        return nearest(fits, heads, kv_heads, self.model.head_dim, what)
+        return nearest(self._attend[what], heads, kv_heads, self.model.head_dim, what)
 
     def attention_rows(self, rows: NDArray[np.int64], heads: int, kv_heads: int) -> Floats:
         """Projections, norm, rotation, cache write, and what attention takes whatever it attends to."""
@@ -203,6 +207,15 @@ def _grid(tables: OperatorTables, dtype: str) -> GemmGrid:
         have = ", ".join(tables.gemm)
         raise InvalidInput(f"{tables.system} has no measured GEMM in {dtype!r} (measured: {have}); use one of these")
     return tables.gemm[dtype]
+
+
+def _attention(tables: OperatorTables, fits: Sequence[AttentionFit], kv_dtype: str) -> list[AttentionFit]:
+    wanted = "bf16" if kv_dtype == "fp16" else kv_dtype
+    found = [f for f in fits if f.kv_dtype == wanted]
+    if not found:
+        have = ", ".join(sorted({f.kv_dtype for f in fits})) or "none"
+        raise InvalidInput(f"{tables.system} has no measured attention over K and V in {kv_dtype!r} (measured: {have})")
+    return found
 
 
 class TablesCostModel(RooflineCostModel):

@@ -29,6 +29,7 @@ SYSTEMS = {
 }  # fmt: skip
 """Names of published peaks -> systems of the package. The RTX PRO 6000 was measured in its server edition."""
 _GEMM_DTYPES = {"bf16": "bfloat16", "fp8": "fp8", "fp8_block": "fp8_block", "int8": "int8_wo"}
+_KV_DTYPES = {"bf16": ("bfloat16", "float16"), "fp8": ("fp8",)}
 
 Columns = dict[str, NDArray[Any]]
 
@@ -118,11 +119,15 @@ def _grid(table: Columns, dtype: str) -> GemmGrid | None:
 
 
 def _attention(table: Columns, prefill: bool) -> tuple[AttentionFit, ...]:
-    """One fit per number of heads, of KV heads and head size; the whole context, K and V in 16 bits."""
-    chosen = np.isin(table["kv_cache_dtype"].astype(str), ("bfloat16", "float16"))
+    """One fit per number of heads, of KV heads, head size and dtype of K and V; the whole context."""
     if "window_size" in table:
-        chosen &= table["window_size"] == 0
-    t = _where(table, chosen)
+        table = _where(table, table["window_size"] == 0)
+    stored = table["kv_cache_dtype"].astype(str)
+    return tuple(f for ours, theirs in _KV_DTYPES.items()
+                 for f in _fits(_where(table, np.isin(stored, theirs)), ours, prefill))  # fmt: skip
+
+
+def _fits(t: Columns, kv_dtype: str, prefill: bool) -> list[AttentionFit]:
     shapes = sorted(set(zip(t["num_heads"].tolist(), t["num_key_value_heads"].tolist(), t["head_dim"].tolist(),
                             strict=True)))  # fmt: skip
     fits = []
@@ -137,8 +142,8 @@ def _attention(table: Columns, prefill: bool) -> tuple[AttentionFit, ...]:
         fit = nonnegative_fit(features, q["latency"].astype(np.float64) * 1e6)
         # Without KV heads of its own a query head reads those of its group.
         fixed, per_row, per_unit = map(float, fit.factors)
-        fits.append(AttentionFit(heads, kv or heads, dim, fixed, per_row, per_unit, fit.error))
-    return tuple(fits)
+        fits.append(AttentionFit(heads, kv or heads, dim, fixed, per_row, per_unit, fit.error, kv_dtype))
+    return fits
 
 
 def _collectives(folder: Path, engine: str) -> tuple[Collective, ...]:
