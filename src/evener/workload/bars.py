@@ -1,0 +1,86 @@
+"""Ledgers side by side as a picture: one stacked bar per device, one colour per cause, time to the right."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evener.errors import InvalidInput
+from evener.ledger.account import Account
+from evener.ledger.causes import Cause
+from evener.ledger.colours import COLOURS
+from evener.units import NS_PER_S
+
+LEAST = 0.004
+"""A cause has a place in the legend when it takes this share of some device's time."""
+MOST_BARS = 64
+_FORMATS = (".png", ".svg", ".pdf")
+
+
+def plot_ledgers(ledgers: Sequence[tuple[str, Account]], path: Path, title: str, note: str = "") -> None:
+    """Draw accounts, each under its name, into `path` (.png, .svg or .pdf). `note` stands below in small print.
+
+    Raises InvalidInput when matplotlib is not installed, the ending is another, or there are too many devices to read.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise InvalidInput(f"cannot draw {path}: the ending {path.suffix!r} is none of {', '.join(_FORMATS)}")
+    bars = sum(len(account.devices) for _, account in ledgers)
+    if bars > MOST_BARS:
+        raise InvalidInput(f"{bars} devices make an unreadable picture, the limit is {MOST_BARS}; compare fewer")
+    figure, axes = _canvas(bars, len(ledgers))
+    shown: set[Cause] = set()
+    ticks: list[tuple[float, str]] = []
+    y = 0.0
+    for name, account in ledgers:
+        axes.text(0, y - 0.66, _heading(name, account), va="bottom", ha="left", fontsize=10, fontweight="bold")
+        for device, use in account.devices.items():
+            _bar(axes, y, use.causes_ns, shown)
+            ticks.append((y, device))
+            y += 1.0
+        y += 0.9
+    _finish(axes, ticks, y, max(account.window_s for _, account in ledgers))
+    handles = [axes.barh(0, 0, color=COLOURS[c], edgecolor="#444444", linewidth=0.3) for c in Cause if c in shown]
+    labels = [c.label.replace("_", " ") for c in Cause if c in shown]
+    axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.005, 1.0), frameon=False, fontsize=9)
+    axes.set_title(title, loc="left", fontsize=12, pad=10)
+    if note:
+        figure.text(0.01, 0.005, note, fontsize=7.5, color="#555555", ha="left", va="bottom")
+    try:
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+    except OSError as error:
+        raise InvalidInput(f"cannot write {path}: {error.strerror}; give a path that can be written") from error
+
+
+def _canvas(bars: int, groups: int) -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InvalidInput("drawing needs matplotlib; install it with pip install 'evener[plot]'") from error
+    figure = Figure(figsize=(10, 0.9 + 0.42 * bars + 0.4 * groups))
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _heading(name: str, account: Account) -> str:
+    return f"{name}, {account.window_s:.1f} s, {100 * account.total.useful:.0f}% useful"
+
+
+def _bar(axes: Any, y: float, causes_ns: Sequence[int], shown: set[Cause]) -> None:
+    left, whole = 0.0, max(1, sum(causes_ns))
+    for cause in Cause:
+        width = causes_ns[cause] / NS_PER_S
+        if width:
+            axes.barh(y, width, left=left, height=0.78, color=COLOURS[cause])
+            left += width
+        if causes_ns[cause] / whole >= LEAST:
+            shown.add(cause)
+
+
+def _finish(axes: Any, ticks: Sequence[tuple[float, str]], bottom: float, longest: float) -> None:
+    axes.set_yticks([y for y, _ in ticks], [name for _, name in ticks], fontsize=9)
+    axes.set_ylim(bottom - 1.3, -1.15)  # the first case on top
+    axes.set_xlim(0, longest)
+    axes.set_xlabel("seconds of wall time of each device")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
