@@ -145,15 +145,7 @@ async def start_engine(
         prepared.cluster,
         prepared.kv_blocks,
         prepared.costs,
-        BrainConfig(
-            policy=given.policy,
-            router=given.router,
-            max_num_seqs=given.max_num_seqs,
-            max_num_batched_tokens=prepared.max_num_batched_tokens,
-            max_queue=given.max_queue,
-            static_batch=given.static_batch,
-            static_wait_ns=round(given.static_wait_s * NS_PER_S),
-        ),
+        brain_config(prepared),
         LiveConfig(
             model_path=str(prepared.source.path),
             dtype=given.dtype,
@@ -164,13 +156,28 @@ async def start_engine(
             ledger=given.ledger,
             trace_segments=given.trace_segments,
         ),
-        work=_work(prepared) if given.ledger else None,
+        work=plan_work(prepared) if given.ledger else None,
         costs_made_of=_costs_made_of(prepared),
         progress=progress,
     )
 
 
-def _work(prepared: Prepared) -> PlanWork:
+def brain_config(prepared: Prepared) -> BrainConfig:
+    """What the brain is told, live or simulated."""
+    given = prepared.options
+    return BrainConfig(
+        policy=given.policy,
+        router=given.router,
+        max_num_seqs=given.max_num_seqs,
+        max_num_batched_tokens=prepared.max_num_batched_tokens,
+        max_queue=given.max_queue,
+        static_batch=given.static_batch,
+        static_wait_ns=round(given.static_wait_s * NS_PER_S),
+    )
+
+
+def plan_work(prepared: Prepared) -> PlanWork:
+    """Operations and bytes of batches, for the ledger to set beside the peak."""
     profile = bind(prepared.profile, prepared.cluster.devices)
     return PlanWork(prepared.model, prepared.plan, profile, prepared.options.dtype)
 

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 from msgspec import Struct, structs
 
-from evener.api import Prepared, start_engine
-from evener.brain import Brain, BrainConfig
-from evener.cost.rates import bind
-from evener.cost.work import PlanWork
+from evener.api import Prepared, brain_config, plan_work, start_engine
+from evener.brain import Brain
 from evener.engine.request import Request
 from evener.execute.base import Engine
 from evener.execute.sim.body import Simulator
@@ -43,8 +41,8 @@ def simulate(prepared: Prepared, requests: Sequence[TimedRequest], slo: Slo | No
     The report has no gaps between tokens: only first and last tokens are followed.
     """
     start = Nanoseconds(0)
-    ledger = Ledger(prepared.plan, prepared.costs, start=start, work=_work(prepared))
-    brain = Brain(prepared.plan, prepared.kv_blocks, prepared.costs, _brain_config(prepared), journal=ledger)
+    ledger = Ledger(prepared.plan, prepared.costs, start=start, work=plan_work(prepared))
+    brain = Brain(prepared.plan, prepared.kv_blocks, prepared.costs, brain_config(prepared), journal=ledger)
     timed = sorted(requests, key=lambda r: r.arrival_s)
     traffic = [_simulated(r) for r in timed]
     outcomes = Simulator(brain, prepared.costs, traffic, ledger=ledger).run()
@@ -120,17 +118,3 @@ async def _account(engine: Engine, began: Nanoseconds, ended: Nanoseconds) -> Ac
             break
         await asyncio.sleep(0.05)
     return account
-
-
-def _work(prepared: Prepared) -> PlanWork:
-    profile = bind(prepared.profile, prepared.cluster.devices)
-    return PlanWork(prepared.model, prepared.plan, profile, prepared.options.dtype)
-
-
-def _brain_config(prepared: Prepared) -> BrainConfig:
-    given = prepared.options
-    return BrainConfig(
-        policy=given.policy, router=given.router, max_num_seqs=given.max_num_seqs,
-        max_num_batched_tokens=prepared.max_num_batched_tokens, max_queue=given.max_queue,
-        static_batch=given.static_batch, static_wait_ns=round(given.static_wait_s * NS_PER_S),
-    )  # fmt: skip
