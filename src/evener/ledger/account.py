@@ -1,11 +1,13 @@
 """Accounts: what the ledger says about a window. Frozen data that serialises to JSON as it is."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from msgspec import Struct
 
 from evener.ledger.book import (
     BATCHES,
+    COUNTERS,
     CPU,
     DECODE_ROWS,
     DECODE_STEPS,
@@ -19,7 +21,9 @@ from evener.ledger.book import (
     DeviceBook,
 )
 from evener.ledger.causes import COMPUTE, N_CAUSES, USEFUL, Cause
+from evener.ledger.replica import ReplicaBook
 from evener.ledger.spans import Op
+from evener.spec.plan import Plan, size
 from evener.units import NS_PER_S
 
 
@@ -133,18 +137,75 @@ class Account(Struct, frozen=True, kw_only=True):
     """Spans that came after their replica was known to be down; their time is `down`."""
 
 
-def use_of(counters: Sequence[int], has_peak: bool) -> dict[str, object]:
-    """The fields of `Use` from a device's counters, or the sum of several devices'."""
+# ---- from the books ---------------------------------------------------------------------------------------------
+
+
+def read_account(plan: Plan, books: Sequence[ReplicaBook], start: int, began: int, ended: int) -> Account:
+    """The account of [began, ended), which must be inside what the books keep."""
+    devices: dict[str, DeviceAccount] = {}
+    stages: dict[str, StageAccount] = {}
+    replicas: dict[str, ReplicaAccount] = {}
+    links: list[LinkAccount] = []
+    everything: list[list[int]] = []
+    for replica in books:
+        of_replica: list[list[int]] = []
+        for s, stage in enumerate(replica.stages):
+            rows = [window(book, began, ended) for book in stage]
+            spec = plan.replicas[replica.index].stages[s]
+            for k, (book, row, shard) in enumerate(zip(stage, rows, spec.shards, strict=True)):
+                devices[book.device] = DeviceAccount(
+                    replica=replica.index, stage=s, rank=k, heads=size(shard.heads), ffn=size(shard.ffn),
+                    **_use([book], row),
+                )  # fmt: skip
+            stages[f"{replica.index}.{s}"] = StageAccount(
+                replica=replica.index, stage=s, layers=size(spec.layers), devices=tuple(b.device for b in stage),
+                **_use(stage, _sum(rows)),
+            )  # fmt: skip
+            links += _links(replica.index, s, list(zip(stage, rows, strict=True)))
+            of_replica += rows
+        together = _sum(of_replica)
+        replicas[str(replica.index)] = _replica(replica, together, began, ended)
+        everything.append(together)
+    return Account(
+        window_s=(ended - began) / NS_PER_S, since_s=(began - start) / NS_PER_S, until_s=(ended - start) / NS_PER_S,
+        epoch=plan.epoch, devices=devices, stages=stages, replicas=replicas,
+        total=Use(**_use([b for r in books for b in r.devices], _sum(everything))), links=tuple(links),
+        late_spans=sum(r.late_spans for r in books),
+    )  # fmt: skip
+
+
+def window(book: DeviceBook, since: int, until: int) -> list[int]:
+    """Growth of a device's counters in a window, as far as it is accounted for."""
+    series = book.series
+    return series.between(min(since, series.until), min(until, series.until))
+
+
+def _replica(book: ReplicaBook, counters: Sequence[int], began: int, ended: int) -> ReplicaAccount:
+    short = book.short
+    short_ns, token_us = short.between(min(began, short.until), min(ended, short.until))
+    steps = counters[DECODE_STEPS]
+    return ReplicaAccount(
+        devices=tuple(b.device for b in book.devices), short_of_kv_s=short_ns / NS_PER_S,
+        short_of_kv_tokens=token_us * 1000 // short_ns if short_ns else 0,
+        mean_decode_rows=counters[DECODE_ROWS] / steps if steps else 0.0,
+        prefill_tokens=counters[PREFILL_TOKENS] // len(book.devices), down=book.why_down,
+        **_use(book.devices, counters),
+    )  # fmt: skip
+
+
+def _use(books: Sequence[DeviceBook], counters: Sequence[int]) -> dict[str, Any]:
+    """The fields of `Use`."""
     causes = tuple(counters[:N_CAUSES])
     compute = sum(causes[c] for c in COMPUTE)
     per_s = NS_PER_S / compute if compute else 0.0
+    has_peak = compute > 0 and all(book.peak is not None for book in books)
     return {
         "wall_s": sum(causes) / NS_PER_S,
         "causes": {c.label: causes[c] / NS_PER_S for c in Cause},
         "causes_ns": causes,
         "compute_s": compute / NS_PER_S,
         "cpu_s": counters[CPU] / NS_PER_S,
-        "achieved_over_peak": counters[ROOF] / compute if compute and has_peak else None,
+        "achieved_over_peak": counters[ROOF] / compute if has_peak else None,
         "flop_s": counters[KFLOP] * 1000 * per_s,
         "bytes_s": counters[KBYTES] * 1000 * per_s,
         "batches": counters[BATCHES],
@@ -152,26 +213,12 @@ def use_of(counters: Sequence[int], has_peak: bool) -> dict[str, object]:
     }
 
 
-def sum_of(rows: Iterable[Sequence[int]], counters: int) -> list[int]:
-    """Counters of several devices together; the appended ones differ by device and are left out."""
-    out = [0] * counters
-    for row in rows:
-        for k in range(counters):
-            out[k] += row[k]
-    return out
+def _sum(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Several devices together. Counters of links differ by device and are left out."""
+    return [sum(row[k] for row in rows) for k in range(COUNTERS)]
 
 
-def decode_rows(counters: Sequence[int]) -> float:
-    """Mean rows of a decode step; every device of a replica counts each of its steps."""
-    return counters[DECODE_ROWS] / counters[DECODE_STEPS] if counters[DECODE_STEPS] else 0.0
-
-
-def prefill_tokens(counters: Sequence[int], devices: int) -> int:
-    """Prompt tokens of a replica, from the sum over its devices."""
-    return counters[PREFILL_TOKENS] // devices
-
-
-def links_of(replica: int, stage: int, books: Sequence[tuple[DeviceBook, Sequence[int]]]) -> list[LinkAccount]:
+def _links(replica: int, stage: int, books: Sequence[tuple[DeviceBook, Sequence[int]]]) -> list[LinkAccount]:
     """What the devices of one stage moved, from their counters."""
     sums: dict[tuple[int, int], list[int]] = {}
     for book, counters in books:

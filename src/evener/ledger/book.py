@@ -1,6 +1,7 @@
 """One device's book: everything up to its cursor has a cause."""
 
 from collections import deque
+from typing import NamedTuple
 
 from evener.cost.base import BatchShape
 from evener.ledger.causes import N_CAUSES, Cause
@@ -48,14 +49,29 @@ class BatchRecord:
         """Stage -> causes and weights of a mixed batch."""
 
 
+class TracedSpan(NamedTuple):
+    """A span as it was accounted for."""
+
+    span: Span
+    made_of: MakeUp
+
+
+class TracedGap(NamedTuple):
+    """Time outside spans, and why."""
+
+    cause: int
+    began: int
+    ended: int
+
+
 class DeviceBook:
     """Where one device's time went, and the spans that wait to be accounted for."""
 
-    __slots__ = ("device", "last_batch", "links", "peak", "pending", "rank", "series", "stage")
+    __slots__ = ("device", "last_batch", "links", "peak", "pending", "rank", "series", "stage", "trace")
 
     def __init__(
         self, device: str, stage: int, rank: int, start: Nanoseconds, every: Nanoseconds | None, keep: int,
-        peak: tuple[float, float] | None,
+        peak: tuple[float, float] | None, keep_spans: int = 0,
     ) -> None:  # fmt: skip
         self.device, self.stage, self.rank = device, stage, rank
         self.series = Series(start, N_CAUSES, COUNTERS, every, keep)
@@ -65,6 +81,8 @@ class DeviceBook:
         """The last batch that is accounted for."""
         self.peak = peak
         """Operations and bytes per second."""
+        self.trace: deque[TracedSpan | TracedGap] = deque(maxlen=keep_spans)
+        """The newest spans and gaps, in order."""
         self.links: dict[tuple[int, int], int] = {}
         """(op, size class) -> where its LINK_COUNTERS begin."""
 
@@ -72,6 +90,8 @@ class DeviceBook:
         """The time from the cursor to `until` had this cause."""
         series = self.series
         length = until - series.until
+        if self.trace.maxlen:
+            self.trace.append(TracedGap(cause, series.until, until))
         if until >= series.mark and length >= series.every:
             series.checkpoint()  # a long stretch has checkpoints of its own: what came before is kept apart
         series.totals[cause] += length

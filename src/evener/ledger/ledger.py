@@ -5,31 +5,17 @@ before is known, because that explains the gap in front of it. Spans may come la
 facts come in order, and never later than the spans of the batch they concern.
 """
 
-from typing import Any
-
 from evener.cost.base import CostModel
 from evener.errors import InvalidInput
-from evener.ledger.account import (
-    Account,
-    DeviceAccount,
-    LinkAccount,
-    ReplicaAccount,
-    StageAccount,
-    Use,
-    decode_rows,
-    links_of,
-    prefill_tokens,
-    sum_of,
-    use_of,
-)
-from evener.ledger.book import COUNTERS, DeviceBook
+from evener.ledger.account import Account, read_account, window
+from evener.ledger.book import DeviceBook
 from evener.ledger.causes import N_CAUSES, Cause
 from evener.ledger.history import History
 from evener.ledger.replica import ReplicaBook
 from evener.ledger.requests import Phase, RequestAccount, RequestLog, Step, Stretch, stretches
 from evener.ledger.spans import HoldKind, MakeUp, Milestone, Span
 from evener.ledger.work import Work
-from evener.spec.plan import Plan, size
+from evener.spec.plan import Plan
 from evener.units import NS_PER_S, Nanoseconds
 
 RESOLUTION = Nanoseconds(NS_PER_S // 4)
@@ -41,11 +27,13 @@ class Ledger:
     def __init__(
         self, plan: Plan, costs: CostModel, *, start: Nanoseconds, work: Work | None = None,
         resolution: Nanoseconds | None = RESOLUTION, keep: int = 14400, follow_requests: int = 1000,
+        keep_spans: int = 0,
     ) -> None:  # fmt: skip
         """Every replica is down (`loading`) from `start` until `up` is called.
 
         `work`: to set compute beside the peak. `resolution`: a checkpoint at most so often, of which the last `keep`
         stay; None keeps totals only. `follow_requests`: of so many requests, the newest, the milestones are kept.
+        `keep_spans`: so many of each device's newest spans and gaps are kept for traces.
         Raises InvalidInput for a plan that names a device twice.
         """
         names = plan.devices()
@@ -66,7 +54,16 @@ class Ledger:
         for r, replica in enumerate(plan.replicas):
             stages = [
                 [
-                    DeviceBook(shard.device, s, k, start, resolution, keep, work.peak(shard.device) if work else None)
+                    DeviceBook(
+                        shard.device,
+                        s,
+                        k,
+                        start,
+                        resolution,
+                        keep,
+                        work.peak(shard.device) if work else None,
+                        keep_spans,
+                    )
                     for k, shard in enumerate(stage.shards)
                 ]
                 for s, stage in enumerate(replica.stages)
@@ -159,54 +156,25 @@ class Ledger:
         if began > self.start:
             began = max(began, *(book.series.first for book in books), *(r.short.first for r in self._replicas))
         ended = max(began, ended)
-        devices: dict[str, DeviceAccount] = {}
-        stages: dict[str, StageAccount] = {}
-        replicas: dict[str, ReplicaAccount] = {}
-        links: list[LinkAccount] = []
-        everything = []
         for replica in self._replicas:
             replica.count_to(self.now)
-            of_replica = []
-            for s, stage in enumerate(replica.stages):
-                rows = [_window(book, began, ended) for book in stage]
-                spec = self.plan.replicas[replica.index].stages[s]
-                place: dict[str, Any] = {"replica": replica.index, "stage": s}
-                for k, (book, row) in enumerate(zip(stage, rows, strict=True)):
-                    shard = spec.shards[k]
-                    devices[book.device] = DeviceAccount(
-                        rank=k, heads=size(shard.heads), ffn=size(shard.ffn), **place, **self._use([book], row)
-                    )
-                stages[f"{replica.index}.{s}"] = StageAccount(
-                    layers=size(spec.layers), devices=tuple(b.device for b in stage), **place,
-                    **self._use(stage, sum_of(rows, COUNTERS)),
-                )  # fmt: skip
-                links += links_of(replica.index, s, list(zip(stage, rows, strict=True)))
-                of_replica += rows
-            together = sum_of(of_replica, COUNTERS)
-            short = replica.short
-            short_ns, token_us = short.between(min(began, short.until), min(ended, short.until))
-            replicas[str(replica.index)] = ReplicaAccount(
-                devices=tuple(b.device for b in replica.devices), short_of_kv_s=short_ns / NS_PER_S,
-                short_of_kv_tokens=token_us * 1000 // short_ns if short_ns else 0,
-                mean_decode_rows=decode_rows(together), down=replica.why_down,
-                prefill_tokens=prefill_tokens(together, len(replica.devices)),
-                **self._use(replica.devices, together),
-            )  # fmt: skip
-            everything.append(together)
-        return Account(
-            window_s=(ended - began) / NS_PER_S, since_s=(began - self.start) / NS_PER_S,
-            until_s=(ended - self.start) / NS_PER_S, epoch=self.plan.epoch, devices=devices, stages=stages,
-            replicas=replicas, total=Use(**self._use(books, sum_of(everything, COUNTERS))), links=tuple(links),
-            late_spans=sum(r.late_spans for r in self._replicas),
-        )  # fmt: skip
+        return read_account(self.plan, self._replicas, self.start, began, ended)
+
+    def books(self) -> list[list[DeviceBook]]:
+        """The devices' books by replica, for exports."""
+        return [replica.devices for replica in self._replicas]
 
     def requests(self) -> list[str]:
         """Ids of the requests that are followed, oldest first."""
         return self._requests.ids()
 
+    def steps(self, request_id: str) -> list[Step]:
+        """Its milestones in order; empty if it is not followed (any more)."""
+        return self._requests.steps(request_id)
+
     def request_account(self, request_id: str) -> RequestAccount | None:
         """Where one request's latency went; None if it is not followed (any more)."""
-        steps = self._requests.steps(request_id)
+        steps = self.steps(request_id)
         if not steps:
             return None
         last = steps[-1]
@@ -224,23 +192,14 @@ class Ledger:
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
-    def _use(self, books: list[DeviceBook], counters: list[int]) -> dict[str, Any]:
-        return use_of(counters, has_peak=all(book.peak is not None for book in books))
-
     def _phase(self, part: Stretch) -> Phase:
         books = self._replicas[part.replica].devices
         sums = [0] * N_CAUSES
         for book in books:
             # What is forgotten, or never kept, has no causes.
             if self.resolution is not None and part.began >= book.series.first:
-                for c, grown in enumerate(_window(book, part.began, part.ended)[:N_CAUSES]):
+                for c, grown in enumerate(window(book, part.began, part.ended)[:N_CAUSES]):
                     sums[c] += grown
         causes = {c.label: sums[c] / len(books) / NS_PER_S for c in Cause if sums[c]}
         seconds = (part.ended - part.began) / NS_PER_S
         return Phase(part.name, part.replica, part.began, part.ended, seconds, causes)
-
-
-def _window(book: DeviceBook, since: int, until: int) -> list[int]:
-    """Growth of a device's counters in a window, as far as it is accounted for."""
-    series = book.series
-    return series.between(min(since, series.until), min(until, series.until))

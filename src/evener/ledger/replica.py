@@ -21,6 +21,7 @@ from evener.ledger.book import (
     SPANS,
     BatchRecord,
     DeviceBook,
+    TracedSpan,
     size_class,
 )
 from evener.ledger.causes import Cause
@@ -226,6 +227,8 @@ class ReplicaBook:
             totals[PREFILL_TOKENS] += shape.prefill_tokens
         if span.traffic:
             book.count_links(span, size_class(shape))
+        if book.trace.maxlen:
+            book.trace.append(TracedSpan(span, record.made_of))
         if book.peak is not None:
             self._count_work(book, span, record)
         if ended >= series.mark:

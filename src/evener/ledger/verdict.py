@@ -1,0 +1,67 @@
+"""The account in plain words: what is lost, on whom it falls, what shows it, and what to do about it.
+
+Every rule needs positive evidence and a loss above `THRESHOLD` of the time in which its devices had something to do.
+"""
+
+from msgspec import Struct
+
+from evener.ledger import rules
+from evener.ledger.account import Account
+from evener.ledger.rules import THRESHOLD, Finding, Hints
+
+__all__ = ["THRESHOLD", "Finding", "Hints", "Verdict", "verdict"]
+
+_RULES = (
+    rules.down,
+    rules.straggler,
+    rules.bubble,
+    rules.kv,
+    rules.imbalance,
+    rules.contended,
+    rules.host,
+    rules.transfer,
+    rules.computed_in_vain,
+    rules.held,
+    rules.migration,
+    rules.unattributed,
+)
+
+
+class Verdict(Struct, frozen=True, kw_only=True):
+    """Findings, the largest loss first, and what bounds the deployment."""
+
+    findings: tuple[Finding, ...]
+    bound: str
+    """What the devices' useful time says, and how much room there is."""
+
+    def text(self) -> list[str]:
+        """One sentence or two per line."""
+        lines = [finding.text for finding in self.findings]
+        return [*(lines or ["Nothing large is lost."]), self.bound]
+
+
+def verdict(account: Account, hints: Hints | None = None) -> Verdict:
+    """What an account says. `hints`: what the ledger cannot know and a remedy may name."""
+    found = [finding for rule in _RULES for finding in rule(account, hints or Hints())]
+    found.sort(key=lambda f: (-f.lost_s, f.cause, f.where))
+    return Verdict(findings=tuple(found), bound=_bound(account))
+
+
+def _bound(account: Account) -> str:
+    """Room for more traffic, or what a device-second buys."""
+    total = account.total
+    if not total.wall_ns:
+        return "Nothing is recorded yet."
+    running = [r for r in account.replicas.values() if rules.asked(r) > 0]
+    if not running:
+        return f"Nothing was asked for in {account.window_s:.0f} s."
+    useful = sum(r.useful * r.wall_s for r in running) / sum(rules.asked(r) for r in running)
+    text = f"While there was work, devices computed usefully for {useful:.0%} of it"
+    if total.achieved_over_peak is not None:
+        text += f", at {total.achieved_over_peak:.0%} of their peak"
+    # The busiest replica fills up first.
+    idle = min(rules.idle_share(r) for r in running)
+    if idle >= rules.ROOM:
+        return f"{text}. There is room for at least {1 / (1 - idle):.1f} times the traffic."
+    what = "faster devices or more replicas" if useful > 0.8 else "what is listed above"
+    return f"{text}. The busiest replica idles {idle:.0%}: for more throughput, {what}."
