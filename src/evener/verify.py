@@ -8,15 +8,20 @@ induction the greedy texts are then the same up to such ties.
 
 import math
 import random
+import time
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from evener.api import make_options, prepare
 from evener.engine.batch import TokenLogprobs
 from evener.errors import InvalidInput
 from evener.llm import LLM, RequestOutput, SamplingParams
-from evener.model.source import ModelSource
+from evener.model.source import ModelSource, open_model
+from evener.spec.memory import BLOCK_TOKENS
 
 TOLERANCE = {"fp32": 1e-3}
 """Largest error of a log-probability over the spread of its row (greatest minus least over the vocabulary)."""
@@ -30,6 +35,10 @@ class Verdict(Struct, frozen=True):
 
     plan: str
     passed: bool
+    """Equal to the reference, and everything that the policy does has been seen."""
+    equal: bool
+    not_seen: tuple[str, ...]
+    """What the policy does and this run did not: the verdict does not cover it."""
     max_rel_err: float
     """Over all compared log-probabilities (the best of every position): |engine - reference| / row spread."""
     greedy_equal: int
@@ -128,6 +137,24 @@ def compare(reference: Reference, prompt: list[int], out: RequestOutput, toleran
     return worst, verdict, len(positions)
 
 
+def size_kv(sequences: Sequence[int], rows: int, longest: int) -> int:
+    """KV blocks of a replica that runs short: a third of what `rows` sequences hold at their ends.
+
+    `sequences` are final lengths in tokens. There is always room for the longest sequence alone, of `longest` tokens.
+    """
+    blocks = [-(-tokens // BLOCK_TOKENS) for tokens in sequences]
+    at_once = min(rows, len(blocks)) * sum(blocks) // len(blocks)
+    return max(-(-longest // BLOCK_TOKENS), -(-at_once // 3))
+
+
+def claims(policy: str, rows: int) -> tuple[str, ...]:
+    """What a run under this policy must show, of the fields of Verdict, with up to `rows` sequences at once."""
+    if policy == "static":  # whole prompts, one padded batch, room taken at the start, no prefix is looked for
+        return ()
+    alone = ("chunked_prompts", "prefix_hit_tokens")
+    return alone if rows == 1 else (*alone, "mixed_batches", "preemptions")
+
+
 def verify(
     options: dict[str, Any],
     *,
@@ -137,68 +164,79 @@ def verify(
     seed: int = 0,
     reference: Reference | None = None,
 ) -> Verdict:
-    """Run the engine that `options` (fields of EngineOptions) describe and compare it. Raises EvenerError."""
-    import time
+    """Run the engine that `options` (fields of EngineOptions) describe and compare it. Raises EvenerError.
 
-    from evener.api import make_options, prepare
-
+    Each replica has so few KV blocks that it must preempt, however many devices share them.
+    """
     if requests < 1 or tokens < 1:
         raise InvalidInput(f"requests={requests} and tokens={tokens} must be at least 1")
     for name in ("router", "kv_cache_memory", "max_model_len"):
         if name in options:
             raise InvalidInput(f"{name} is set by the verification itself, which sizes the KV cache; leave it out")
     began = time.monotonic()
-    dtype = options.get("dtype", "fp32")
-    settings = {"max_num_seqs": 24, "max_num_batched_tokens": 64, **options, "router": "round-robin"}
-    first = prepare(make_options(**settings))
-    longest = min(longest, first.model.max_position - tokens)
+    settings = {"max_num_seqs": 24, "max_num_batched_tokens": 64, "max_queue": 1 << 30, **options}
+    source = open_model(settings.get("model"))
+    longest = min(longest, source.spec.max_position - tokens)
     if longest < 1:
-        raise InvalidInput(f"tokens={tokens} leaves no room for a prompt in {first.model.max_position}; lower it")
-    # Room for about a third of what runs at once, so that preemption happens, and for the longest sequence alone.
-    per_token = first.model.kv_bytes_per_token()
-    need = max(2 * (longest + tokens), settings["max_num_seqs"] * (longest // 3 + tokens) // 3)
-    settings |= {"kv_cache_memory": f"{need * per_token}B", "max_model_len": longest + tokens}
-    prompts = make_prompts(first.model.vocab, requests, longest, seed)
-    params = [
-        SamplingParams(
-            temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=_TOP,
-            prompt_logprobs=_TOP if k % 8 == 1 else None,
-        )
-        for k in range(requests)
-    ]  # fmt: skip
-    with LLM(**settings) as llm:
-        plan = llm.engine.plan.name
-        counts = _Watch(llm.engine)
-        # A second time for a quarter of them, after the first has ended: whole prompts are found in the cache.
-        outputs = llm.generate(list(prompts), params)
-        again = llm.generate(list(prompts[::4]), params[::4])
-        replicas = llm.engine.status().replicas
-        kept = [*zip(prompts, outputs, strict=True), *zip(prompts[::4], again, strict=True)]
-    reference = reference or Reference(first.source)
-    tolerance = TOLERANCE[dtype]
-    worst, positions = 0.0, 0
-    verdicts = {"equal": 0, "tie": 0, "wrong": 0}
-    for prompt, out in kept:
-        error, verdict, compared = compare(reference, prompt, out, tolerance)
-        worst = max(worst, error)
-        verdicts[verdict] += 1
-        positions += compared
+        raise InvalidInput(f"tokens={tokens} leaves no room for a prompt in {source.spec.max_position}; lower it")
+    settings |= {"router": "round-robin", "max_model_len": longest + tokens}
+    prepared = prepare(make_options(**settings), source)
+    prompts = make_prompts(prepared.model.vocab, requests, longest, seed)
+    replicas = len(prepared.plan.replicas)
+    rows = min(prepared.options.max_num_seqs, -(-requests // replicas))
+    few = size_kv([len(p) + tokens for p in prompts], rows, longest + tokens)
+    prepared = structs.replace(prepared, kv_blocks=[min(few, blocks) for blocks in prepared.kv_blocks])
+    with LLM(prepared=prepared) as llm:
+        watch = _Watch(llm.engine)
+        kept = _run(llm, prompts, tokens, replicas)
+        status = llm.engine.status().replicas
+    seen = {
+        "chunked_prompts": watch.chunked,
+        "mixed_batches": watch.mixed,
+        "prefix_hit_tokens": sum(r.prefix_hit_tokens for r in status),
+        "preemptions": sum(r.preemptions for r in status),
+    }
+    not_seen = tuple(name for name in claims(prepared.options.policy, rows) if not seen[name])
+    reference = reference or Reference(source)
+    tolerance = TOLERANCE[prepared.options.dtype]
+    compared = [compare(reference, prompt, out, tolerance) for prompt, out in kept]
+    worst = max(error for error, _, _ in compared)
+    verdicts = Counter(verdict for _, verdict, _ in compared)
+    equal = worst <= tolerance and math.isfinite(worst) and not verdicts["wrong"]
     return Verdict(
-        plan=plan,
-        passed=worst <= tolerance and math.isfinite(worst) and verdicts["wrong"] == 0,
+        plan=prepared.plan.name,
+        passed=equal and not not_seen,
+        equal=equal,
+        not_seen=not_seen,
         max_rel_err=worst,
         greedy_equal=verdicts["equal"],
         diverged_at_ties=verdicts["tie"],
         diverged_wrongly=verdicts["wrong"],
         sequences=len(kept),
-        positions=positions,
+        positions=sum(positions for _, _, positions in compared),
         tolerance=tolerance,
-        chunked_prompts=counts.chunked,
-        mixed_batches=counts.mixed,
-        prefix_hit_tokens=sum(r.prefix_hit_tokens for r in replicas),
-        preemptions=sum(r.preemptions for r in replicas),
         seconds=time.monotonic() - began,
+        **seen,
     )
+
+
+def _run(llm: LLM, prompts: list[list[int]], tokens: int, replicas: int) -> list[tuple[list[int], RequestOutput]]:
+    """Every prompt at once; a quarter of them again; then the longest alone, until each replica has had it twice."""
+
+    def params(prompt_logprobs: bool, max_tokens: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=_TOP,
+            prompt_logprobs=_TOP if prompt_logprobs else None,
+        )  # fmt: skip
+
+    first = [params(k % 8 == 1, tokens) for k in range(len(prompts))]
+    kept = list(zip(prompts, llm.generate(list(prompts), first), strict=True))
+    kept += zip(prompts[::4], llm.generate(list(prompts[::4]), first[::4]), strict=True)
+    # Under such pressure the cache may have forgotten all of them: what was just computed is found for certain.
+    longest = max(prompts, key=len)
+    for _ in range(2 * replicas):
+        kept.append((longest, llm.generate(longest, params(False, min(tokens, 8)))[0]))
+    return kept
 
 
 class _Watch:
