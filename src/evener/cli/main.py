@@ -7,8 +7,10 @@ import typer
 from evener.cli.bench import bench
 from evener.cli.compare import compare
 from evener.cli.devices import devices
+from evener.cli.ledger import ledger
 from evener.cli.plan import plan
 from evener.cli.serve import serve
+from evener.cli.simulate import simulate
 from evener.cli.verify import verify
 from evener.errors import EvenerError
 
@@ -23,8 +25,10 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(devices)
 app.command()(plan)
+app.command()(simulate)
 app.command()(bench)
 app.command()(compare)
+app.command()(ledger)
 app.command()(verify)
 
 

@@ -17,6 +17,8 @@ class Health(Struct, frozen=True):
     """`ok`, `degraded` (some replica is down, the others serve) or `unavailable`."""
     reason: str
     replicas: list[ReplicaStatus]
+    warnings: list[str]
+    """What went wrong beside serving: a recording or a ledger that stopped."""
 
 
 def router(front: Front) -> APIRouter:
@@ -31,7 +33,7 @@ def router(front: Front) -> APIRouter:
         status = front.engine.status()
         down = [f"replica {r.replica} is down: {r.reason}" for r in status.replicas if not r.alive]
         word = "unavailable" if not status.ready else "degraded" if down else "ok"
-        body = Health(word, status.reason or "; ".join(down), list(status.replicas))
+        body = Health(word, status.reason or "; ".join(down), list(status.replicas), list(status.warnings))
         return json_response(body, 200 if status.ready else 503)
 
     return routes

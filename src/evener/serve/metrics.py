@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
+from evener.errors import Unavailable
 from evener.execute.base import Engine
 
 TTFT_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
@@ -126,7 +127,40 @@ class _EngineCollector(Collector):
             }
             for name, value in values.items():
                 families[name].add_metric([self._model, str(r.replica)], value)
-        return list(families.values())
+        return [*families.values(), *self._ledger()]
+
+    def _ledger(self) -> list[Metric]:
+        """Where every device-second went since the start; nothing where no ledger is kept."""
+        try:
+            account = self._engine.ledger().account()
+        except Unavailable:
+            return []
+        place = ["model_name", "device", "replica", "stage"]
+        seconds = CounterMetricFamily(
+            "evener_device_seconds", "Device-seconds by cause; a device's causes sum to its wall time.",
+            labels=[*place, "cause"],
+        )  # fmt: skip
+        achieved = GaugeMetricFamily(
+            "evener_device_achieved_over_peak",
+            "Least time of the work at the device's peak over compute time.",
+            labels=place,
+        )
+        cpu = CounterMetricFamily("evener_device_cpu_seconds", "CPU time of what counts as compute.", labels=place)
+        for name, device in account.devices.items():
+            where = [self._model, name, str(device.replica), str(device.stage)]
+            for cause, value in device.causes.items():
+                seconds.add_metric([*where, cause], value)
+            cpu.add_metric(where, device.cpu_s)
+            if device.achieved_over_peak is not None:
+                achieved.add_metric(where, device.achieved_over_peak)
+        link = ["model_name", "replica", "stage", "op", "rows"]
+        moved = CounterMetricFamily("evener_transfer_bytes", "Bytes that ranks put into operations.", labels=link)
+        moving = CounterMetricFamily("evener_transfer_seconds", "Moving them, after all had arrived.", labels=link)
+        for part in account.links:
+            where = [self._model, str(part.replica), str(part.stage), part.op, part.rows]
+            moved.add_metric(where, part.nbytes)
+            moving.add_metric(where, part.moving_s)
+        return [seconds, achieved, cpu, moved, moving]
 
 
 def router(metrics: Metrics) -> APIRouter:

@@ -21,6 +21,11 @@ from evener.spec.model import ModelSpec
 from evener.spec.plan import Plan
 from evener.units import Nanoseconds
 
+KEEP_SPANS = 4000
+"""Newest spans of each device that a trace shows; about 3 MiB."""
+KEEP_TRACED = 1000
+"""The same where each has a hundred segments or more."""
+
 
 class Chronicle:
     """Writes every step and every span of one run to the recording and the ledger, as far as they are wanted."""
@@ -36,8 +41,10 @@ class Chronicle:
         self._failure = ""
         """Why the recording stopped, if it did."""
         self._recorder = Recorder(Path(config.record)) if config.record else None
-        ledger = Ledger(plan, costs, start=self.started, work=work) if config.ledger else None
-        self.feed = LedgerFeed(ledger) if ledger is not None else None
+        self.feed: LedgerFeed | None = None
+        if config.ledger:
+            keep = KEEP_TRACED if config.trace_segments else KEEP_SPANS
+            self.feed = LedgerFeed(Ledger(plan, costs, start=self.started, work=work, keep_spans=keep))
 
     def begin(
         self, model: ModelSpec, cluster: Cluster, kv_blocks: list[int], brain: BrainConfig, costs: dict[str, Any]
