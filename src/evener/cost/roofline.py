@@ -110,7 +110,7 @@ def _at(table: list[int], n: int) -> int:
     return table[n] if n <= last else table[last] * n // last
 
 
-class _Own(NamedTuple):
+class OwnTimes(NamedTuple):
     """What one shard computes by itself, over all layers of its stage."""
 
     attention: list[int]
@@ -166,7 +166,7 @@ class _StageTables:
             self.by_sampled, self.moving_sampled = _table(_slowest(head) + choice), _table(choice)
         self.shards: list[tuple[list[int], float, float]] = []
         """Per shard: attention block by rows, nanoseconds per pair, nanoseconds per key; over all layers."""
-        self.own: list[_Own] = []
+        self.own: list[OwnTimes] = []
         for cost, sh, of_rows, of_sampled in zip(costs, stage.shards, ffn, head, strict=True):
             heads, kv = size(sh.heads), size(sh.kv_heads(model))
             block = _table(layers * cost.attention_rows(rows, heads, kv))
@@ -174,7 +174,7 @@ class _StageTables:
             if heads or not self.shards:
                 self.shards.append(attention)
             chunk_ns = round(CHUNK_OPS * cost.rates.op_ns * cost.stretch)
-            self.own.append(_Own(*attention, _table(of_rows), _table(of_sampled), chunk_ns, cost.sharers))
+            self.own.append(OwnTimes(*attention, _table(of_rows), _table(of_sampled), chunk_ns, cost.sharers))
         self.chunk_ns = max(round(CHUNK_OPS * c.rates.op_ns * c.stretch) for c in costs)
         self.pipe_delay_ns = 0 if last else round(max((link.delay for link in pipe), default=0.0) * 1e9)
 
@@ -210,7 +210,9 @@ class RooflineCostModel:
     ) -> None:  # fmt: skip
         """`costs_of` makes the phases' times of one device, called like DeviceCosts: where they come from elsewhere."""
         self.version = version
+        self.plan = plan
         self._error = measured_error
+        self._made_of = (model, profile, dtype, kv_dtype, tuple(links), costs_of)
         alone = len(plan.devices()) == 1
         costs = {
             name: costs_of(profile.device(name), model, alone=alone, dtype=dtype, kv_dtype=kv_dtype)
@@ -268,6 +270,25 @@ class RooflineCostModel:
     def error(self) -> float | None:
         """Median relative error against measured batches, as given; None if never compared."""
         return self._error
+
+    def own_times(self, replica: int, stage: int, rank: int) -> OwnTimes:
+        """What one shard computes by itself, by counts, over all layers of its stage: what a fit corrects."""
+        return self._replicas[replica][stage].own[rank]
+
+    def changed(
+        self, version: int, change: Callable[[DeviceProfile, DeviceCosts], DeviceCosts], *, measured_error: float,
+        profile: Callable[[Profile], Profile] = lambda p: p,
+    ) -> "RooflineCostModel":  # fmt: skip
+        """The same plan with changed times of its devices and a changed profile (of collectives and host)."""
+        model, given, dtype, kv_dtype, links, costs_of = self._made_of
+
+        def costs(device: DeviceProfile, *args: Any, **options: Any) -> DeviceCosts:
+            return change(device, costs_of(device, *args, **options))
+
+        return RooflineCostModel(
+            model, self.plan, profile(given), version, dtype=dtype, kv_dtype=kv_dtype, links=links,
+            measured_error=measured_error, costs_of=costs,
+        )  # fmt: skip
 
 
 def _replica_tables(

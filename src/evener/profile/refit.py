@@ -1,0 +1,171 @@
+"""Fits the cost model to live spans: non-negative least squares by operation class (`evener.cost.fitted`).
+
+    refit = Refit(base)            hears what a ledger hears: issued batches and spans
+    refit.issued(...), .span(...)
+    better = refit.fit(version)    a new, immutable cost model with its held-out error
+
+Also used online: `due` says when enough batches came since the last fit. Memory is bounded: of every shard the newest
+observations are kept, so a model follows a machine that changes.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+import numpy as np
+
+from evener.cost.fitted import (
+    CLASSES,
+    KNOTS,
+    TERMS,
+    Corrections,
+    Factors,
+    HostObservation,
+    Observation,
+    corrected,
+    features,
+)
+from evener.cost.rates import Collective
+from evener.cost.roofline import RooflineCostModel
+from evener.errors import InvalidInput
+from evener.ledger.spans import MakeUp, Op, Span
+from evener.profile.fit import nonnegative_fit
+
+LEAST = 48
+"""Spans of every shard that a fit needs."""
+HELD_OUT = 4
+"""Every so many-th span is kept from the fit, to tell its error."""
+PULL = 0.02
+"""How strongly a factor that the spans say little about stays near the common one (see `nonnegative_fit`)."""
+KEPT = 4096
+"""Spans kept per shard."""
+COLLECTIVE_SIZES = (1024, 1 << 20)
+_REDUCE = (int(Op.ALL_REDUCE),)
+_SEND = (int(Op.SEND), int(Op.RECV))
+
+
+class Refit:
+    """Collects what batches were made of and what they took, and fits."""
+
+    def __init__(self, base: RooflineCostModel, every: int = 2000) -> None:
+        """`every`: batches between two fits, for `due`."""
+        self.base = base
+        self._every = every
+        self._since = 0
+        self._made_of: dict[tuple[int, int], MakeUp] = {}
+        self._seen: dict[tuple[int, int, int], deque[Observation]] = {}
+        self._moves: dict[int, deque[tuple[int, int, int]]] = {}
+        """Ranks -> (operations, bytes, nanoseconds); a send counts as two ranks."""
+        self._hosts: deque[HostObservation] = deque(maxlen=KEPT)
+
+    def issued(self, replica: int, batch_id: int, made_of: MakeUp) -> None:
+        """A batch was handed over. Call it before its spans."""
+        self._made_of[replica, batch_id] = made_of
+        if len(self._made_of) > KEPT:
+            del self._made_of[next(iter(self._made_of))]
+
+    def span(self, span: Span) -> None:
+        """What a device did. A span of a batch that was never issued here, or long ago, says nothing and is left."""
+        made_of = self._made_of.get((span.replica, span.batch_id))
+        if made_of is None or made_of.shape.tokens == 0 or span.compute <= 0:
+            return
+        at = span.replica, span.stage, span.rank
+        seen = self._seen.setdefault(at, deque(maxlen=KEPT))
+        seen.append(Observation(*at, made_of.shape, span.compute, span.repeat))
+        ranks = len(self.base.plan.replicas[span.replica].stages[span.stage].shards)
+        for part in span.traffic:
+            size = ranks if part.op in _REDUCE else 2 if part.op in _SEND else 0
+            if size > 1 and part.count and part.moving > 0:
+                self._moves.setdefault(size, deque(maxlen=KEPT)).append((part.count, part.nbytes, part.moving))
+        self._since += span.rank == 0 and span.stage == 0
+
+    def host(self, ns: int, changes: int) -> None:
+        """Control time of a batch, and how many rows it changed or sampled."""
+        self._hosts.append(HostObservation(ns, changes))
+
+    @property
+    def due(self) -> bool:
+        """So many batches came since the last fit, and there are enough for another."""
+        return self._since >= self._every and not self._lacking()
+
+    def fit(self, version: int) -> RooflineCostModel:
+        """A new cost model. Raises InvalidInput that names the shard with too few spans."""
+        return corrected(self.base, self.corrections(), version)
+
+    def corrections(self) -> Corrections:
+        """What the spans say. Raises InvalidInput that names the shard with too few of them."""
+        lacking = self._lacking()
+        if lacking:
+            raise InvalidInput(f"{lacking}; serve more traffic, or keep the cost model as it is")
+        self._since = 0
+        devices, errors, base_errors = {}, list[float](), list[float]()
+        for (r, s, k), seen in sorted(self._seen.items()):
+            factors, off, base_off = self._shard(r, s, k, list(seen))
+            devices[self.base.plan.replicas[r].stages[s].shards[k].device] = factors
+            errors += off
+            base_errors += base_off
+        return Corrections(
+            devices, self._collectives(), self._host_ns(), median(errors), median(base_errors),
+            sum(len(seen) for seen in self._seen.values()),
+        )  # fmt: skip
+
+    def _lacking(self) -> str:
+        for r, replica in enumerate(self.base.plan.replicas):
+            for s, stage in enumerate(replica.stages):
+                for k, shard in enumerate(stage.shards):
+                    have = len(self._seen.get((r, s, k), ()))
+                    if have < LEAST:
+                        return f"a fit needs {LEAST} spans of {shard.device} (replica {r}, stage {s}), there are {have}"
+        return ""
+
+    def _shard(self, r: int, s: int, k: int, seen: Sequence[Observation]) -> tuple[Factors, list[float], list[float]]:
+        """The factors of one shard, and the relative errors of fit and base model on spans that the fit did not see."""
+        own = self.base.own_times(r, s, k)
+        table = np.array([features(own, o.shape, o.repeat) for o in seen])
+        took = np.array([o.compute_ns for o in seen], dtype=np.float64)
+        held = np.arange(len(seen)) % HELD_OUT == HELD_OUT - 1
+        said = table.sum(axis=1)
+        usual = float(np.median(took[~held] / np.maximum(said[~held], 1.0)))
+        prior = np.full(TERMS, usual)
+        first = nonnegative_fit(table[~held], took[~held], prior, PULL)
+        off = np.abs(table[~held] @ first.factors - took[~held]) / took[~held]
+        # A page fault or an interrupt is no property of the operation: leave the far outliers, once.
+        kept = off <= max(0.1, 5 * float(np.median(off)))
+        fit = nonnegative_fit(table[~held][kept], took[~held][kept], prior, PULL)
+        error = np.abs(table[held] @ fit.factors - took[held]) / took[held]
+        base_error = np.abs(said[held] - took[held]) / took[held]
+        return Factors.of(fit.factors), error.tolist(), base_error.tolist()
+
+    def _collectives(self) -> tuple[Collective, ...]:
+        """A line by size for every number of ranks that moved data often enough."""
+        out = []
+        for ranks, moves in sorted(self._moves.items()):
+            if len(moves) < LEAST:
+                continue
+            each = np.array(moves, dtype=np.float64)
+            line = nonnegative_fit(each[:, :2], each[:, 2]).factors
+            points = tuple((size, float(max(1.0, line[0] + line[1] * size))) for size in COLLECTIVE_SIZES)
+            out.append(Collective("fitted", ranks, points))
+        return tuple(out)
+
+    def _host_ns(self) -> int | None:
+        """A time per batch and one per change, at the usual number of changes."""
+        if len(self._hosts) < LEAST:
+            return None
+        changes = np.array([h.changes for h in self._hosts], dtype=np.float64)
+        took = np.maximum([h.ns for h in self._hosts], 1).astype(np.float64)
+        line = nonnegative_fit(np.stack([np.ones(len(took)), changes], axis=1), took).factors
+        return round(float(line[0] + line[1] * np.median(changes)))
+
+
+def describe(corrections: Corrections) -> list[str]:
+    """For people: one line per device, and the error."""
+    lines = []
+    for name, f in corrections.devices.items():
+        rows = " ".join(f"{k}:{x:.2f}" for k, x in zip(KNOTS, f.rows, strict=True))
+        rest = " ".join(f"{c}:{getattr(f, c):.2f}" for c in CLASSES)
+        lines.append(f"{name}: rows {rows} {rest}")
+    lines.append(
+        f"held-out error {corrections.error:.1%} (before: {corrections.base_error:.1%}), {corrections.batches} spans"
+    )
+    return lines
