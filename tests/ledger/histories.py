@@ -168,7 +168,7 @@ def make_history(case: Case) -> History:
     flips = sorted({rng.randint(START, now) for _ in range(rng.randint(0, 8))})
     waiting = [(at, k % 2 == 0) for k, at in enumerate(flips)]
     facts += [Fact(at, "waiting", (at, anybody)) for at, anybody in waiting]
-    order = {"up": 0, "state": 1, "waiting": 2, "done": 3, "issued": 4, "down": 5}
+    order = {"up": 0, "state": 1, "waiting": 2, "done": 3, "issued": 3, "down": 5}
     facts.sort(key=lambda f: (f.at, order[f.what]))
     spans = [x for lives in batches for life in lives for x in life.spans]
     return History(facts, spans, batches, states, waiting, ups, downs, now)

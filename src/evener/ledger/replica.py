@@ -76,6 +76,7 @@ class ReplicaBook:
 
     def issued(self, batch_id: int, now: Nanoseconds, made_of: MakeUp) -> None:
         """See Journal."""
+        assert batch_id > self._newest, f"batch {batch_id} is issued after batch {self._newest}"
         record = BatchRecord(now, made_of, len(self.stages[-1]), len(self.devices))
         last = self._last
         if last is None:
