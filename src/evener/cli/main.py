@@ -9,6 +9,7 @@ from evener.cli.compare import compare
 from evener.cli.devices import devices
 from evener.cli.ledger import ledger
 from evener.cli.plan import plan
+from evener.cli.replay import replay
 from evener.cli.serve import serve
 from evener.cli.simulate import simulate
 from evener.cli.verify import verify
@@ -28,6 +29,7 @@ app.command()(plan)
 app.command()(simulate)
 app.command()(bench)
 app.command()(compare)
+app.command()(replay)
 app.command()(ledger)
 app.command()(verify)
 
