@@ -17,6 +17,9 @@ ROOM = 0.1
 LATER = 1.05
 """Ranks and stages within this ratio take equally long."""
 
+_COLUMNS = 64
+"""FFN columns are split in multiples of this, which suits every quantisation group."""
+
 
 class Hints(Struct, frozen=True):
     """What the ledger cannot know."""
@@ -121,7 +124,7 @@ def _resplit(ranks: list[DeviceAccount], late: str) -> str:
     slow = min(range(len(ranks)), key=lambda k: speeds[k])
     others = "the other" if len(ranks) == 2 else "the others"
     new_heads = size(split_by_weight(heads, speeds)[slow]) if heads else 0
-    new_ffn = size(split_by_weight(ffn, speeds)[slow]) if ffn else 0
+    new_ffn = size(split_by_weight(ffn, speeds, _COLUMNS if ffn % _COLUMNS == 0 else 1)[slow]) if ffn else 0
     if new_heads == ranks[slow].heads and abs(new_ffn - ranks[slow].ffn) * 100 < ffn:
         return f"{late} arrives late although heads are split by speed: use fewer tensor-parallel ranks"
     return (
