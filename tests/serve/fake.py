@@ -7,6 +7,7 @@ from functools import cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from evener.cost.base import BatchShape
 from evener.engine.batch import TokenLogprobs
 from evener.engine.events import Answer
 from evener.engine.request import Request
@@ -15,6 +16,7 @@ from evener.execute.base import ReplicaStatus, Status
 from evener.ledger.ledger import Ledger
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Plan, Replica, Shard, Stage
+from evener.units import Nanoseconds
 
 MODEL = "tiny"
 CHATML = (
@@ -53,6 +55,23 @@ VOCAB = 420
 """More rows than the tokenizer has pieces, as in models with a padded vocabulary."""
 
 
+class FakeCosts:
+    """A batch takes a microsecond per token."""
+
+    version = 0
+
+    def stage_ns(self, replica: int, stage: int, shape: BatchShape) -> Nanoseconds:
+        return Nanoseconds(1000 * shape.tokens)
+
+    def batch_ns(self, replica: int, shape: BatchShape) -> Nanoseconds:
+        return self.stage_ns(replica, 0, shape)
+
+    latency_ns = batch_ns
+
+    def error(self) -> float | None:
+        return None
+
+
 class FakeEngine:
     """Answers each request with `reply` token by token, then EOS, or stops at its cap.
 
@@ -78,7 +97,7 @@ class FakeEngine:
         self.live: set[str] = set()
         self.closed = False
         self.down = ""
-        self.kept: Ledger | None = None
+        self.kept: Ledger | None = Ledger(self.plan, FakeCosts(), start=Nanoseconds(0))
         self._reply = reply
         self._delay_s = delay_s
         self._refuse = refuse
@@ -162,7 +181,7 @@ class FakeEngine:
         return Status(not self.down, (replica,), f"{self.down}; restart the server" if self.down else "")
 
     def ledger(self) -> Ledger:
-        """None, or the one it was given."""
+        """An empty one, or the one it was given."""
         if self.kept is None:
             raise Unavailable("this server keeps no ledger; start it without --no-ledger")
         return self.kept

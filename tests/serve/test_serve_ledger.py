@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from fake import FakeEngine
+from fake import FakeCosts, FakeEngine
 
 from evener.cost.base import BatchShape
 from evener.ledger.ledger import Ledger
@@ -17,23 +17,6 @@ Client = httpx2.AsyncClient
 S = 1_000_000_000
 
 
-class Costs:
-    """A batch takes a microsecond per token."""
-
-    version = 0
-
-    def stage_ns(self, replica: int, stage: int, shape: BatchShape) -> Nanoseconds:
-        return Nanoseconds(1000 * shape.tokens)
-
-    def batch_ns(self, replica: int, shape: BatchShape) -> Nanoseconds:
-        return self.stage_ns(replica, 0, shape)
-
-    latency_ns = batch_ns
-
-    def error(self) -> float | None:
-        return None
-
-
 def ns(seconds: float) -> Nanoseconds:
     return Nanoseconds(round(seconds * S))
 
@@ -42,7 +25,7 @@ def ns(seconds: float) -> Nanoseconds:
 def engine() -> FakeEngine:
     """Two seconds of loading, one idle, then a request of one batch: 0.25 s late, 1 s of compute, 0.5 s of it lost."""
     made = FakeEngine()
-    ledger = Ledger(made.plan, Costs(), start=ns(10))
+    ledger = Ledger(made.plan, FakeCosts(), start=ns(10))
     ledger.up(0, ns(12))
     ledger.request("cmpl-1-0", 0, ns(13), Milestone.ARRIVED, 8)
     ledger.issued(0, 0, ns(13), MakeUp(BatchShape(prefill_tokens=8, prefill_pairs=36, sampled_rows=1, chunks=1)))
