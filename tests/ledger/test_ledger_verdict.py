@@ -75,9 +75,22 @@ def test_equal_stages_that_are_not_full() -> None:
         at = 20 * k
         teller.batch(at, {(0, 0): (at, at + 10, {}), (1, 0): (at, at + 20, {"bubble": 10})})
     found = findings(teller)["bubble"]
-    assert "too few batches are in flight for 2 stages (8.0 rows per decode step)" in found.evidence
+    assert (
+        "batches take 10 +- 0 ms there: too few are in flight for 2 stages (8.0 rows per decode step)" in found.evidence
+    )
     assert "fewer stages" in found.remedy and "move" not in found.remedy
     assert found.share == pytest.approx(0.5, abs=0.01)
+
+
+def test_batches_of_unequal_time() -> None:
+    teller = Teller(plan_of((15, 1), (15, 1)))
+    teller.state(0)
+    for k in range(50):
+        at, length = 40 * k, 4 + 16 * (k % 2)
+        teller.batch(at, {(0, 0): (at, at + length, {}), (1, 0): (at, at + 2 * length, {"bubble": length})})
+    found = findings(teller)["bubble"]
+    assert "batches take 12 +- 8 ms there: a short one waits behind a long one" in found.evidence
+    assert "--max-num-batched-tokens" in found.remedy
 
 
 def test_kv_says_how_much_more() -> None:

@@ -1,5 +1,6 @@
 """Accounts: what the ledger says about a window. Frozen data that serialises to JSON as it is."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ from msgspec import Struct
 
 from evener.ledger.book import (
     BATCHES,
+    BUSY,
     COUNTERS,
     CPU,
     DECODE_ROWS,
@@ -18,6 +20,8 @@ from evener.ledger.book import (
     ROOF,
     SIZE_CLASSES,
     SPANS,
+    SPREAD,
+    SPREAD_SHIFT,
     DeviceBook,
 )
 from evener.ledger.causes import COMPUTE, N_CAUSES, USEFUL, Cause
@@ -81,6 +85,12 @@ class StageAccount(Use, frozen=True, kw_only=True):
     stage: int
     layers: int
     devices: tuple[str, ...]
+    busy_s: float
+    """Device-seconds with a batch in hand, not waiting for another stage."""
+    batch_s: float
+    """The part of a batch, on average."""
+    batch_std_s: float
+    """Standard deviation over the batches."""
 
 
 class ReplicaAccount(Use, frozen=True, kw_only=True):
@@ -157,10 +167,7 @@ def read_account(plan: Plan, books: Sequence[ReplicaBook], start: int, began: in
                     replica=replica.index, stage=s, rank=k, heads=size(shard.heads), ffn=size(shard.ffn),
                     **_use([book], row),
                 )  # fmt: skip
-            stages[f"{replica.index}.{s}"] = StageAccount(
-                replica=replica.index, stage=s, layers=size(spec.layers), devices=tuple(b.device for b in stage),
-                **_use(stage, _sum(rows)),
-            )  # fmt: skip
+            stages[f"{replica.index}.{s}"] = _stage(replica.index, s, size(spec.layers), stage, _sum(rows))
             links += _links(replica.index, s, list(zip(stage, rows, strict=True)))
             of_replica += rows
         together = _sum(of_replica)
@@ -178,6 +185,17 @@ def window(book: DeviceBook, since: int, until: int) -> list[int]:
     """Growth of a device's counters in a window, as far as it is accounted for."""
     series = book.series
     return series.between(min(since, series.until), min(until, series.until))
+
+
+def _stage(replica: int, stage: int, layers: int, books: Sequence[DeviceBook], counters: Sequence[int]) -> StageAccount:
+    batches = max(1, counters[BATCHES])
+    mean = counters[BUSY] / batches
+    square = counters[SPREAD] / batches * (1 << SPREAD_SHIFT) ** 2
+    return StageAccount(
+        replica=replica, stage=stage, layers=layers, devices=tuple(b.device for b in books),
+        busy_s=counters[BUSY] / NS_PER_S, batch_s=mean / NS_PER_S,
+        batch_std_s=math.sqrt(max(0.0, square - mean * mean)) / NS_PER_S, **_use(books, counters),
+    )  # fmt: skip
 
 
 def _replica(book: ReplicaBook, counters: Sequence[int], began: int, ended: int) -> ReplicaAccount:

@@ -9,9 +9,13 @@ from evener.ledger.series import Series
 from evener.ledger.spans import MakeUp, Span
 from evener.units import Nanoseconds
 
-# Counters beside the causes.
-CPU, BATCHES, SPANS, DECODE_ROWS, DECODE_STEPS, PREFILL_TOKENS, KFLOP, KBYTES, ROOF = range(N_CAUSES, N_CAUSES + 9)
-COUNTERS = N_CAUSES + 9
+# Counters beside the causes. BUSY: time with a batch in hand and not waiting for another stage; SPREAD: the sum of its
+# squares over batches, in units of (1 << SPREAD_SHIFT) nanoseconds, so that 64 bits last for years.
+CPU, BATCHES, SPANS, DECODE_ROWS, DECODE_STEPS, PREFILL_TOKENS, KFLOP, KBYTES, ROOF, BUSY, SPREAD = range(
+    N_CAUSES, N_CAUSES + 11
+)
+COUNTERS = N_CAUSES + 11
+SPREAD_SHIFT = 16
 LINK_COUNTERS = 4
 """Per kind of operation and batch size: count, bytes, nanoseconds waited, nanoseconds moving."""
 

@@ -11,6 +11,7 @@ from evener.cost.base import CostModel
 from evener.ledger import makeup
 from evener.ledger.book import (
     BATCHES,
+    BUSY,
     CPU,
     DECODE_ROWS,
     DECODE_STEPS,
@@ -19,6 +20,8 @@ from evener.ledger.book import (
     PREFILL_TOKENS,
     ROOF,
     SPANS,
+    SPREAD,
+    SPREAD_SHIFT,
     BatchRecord,
     DeviceBook,
     TracedSpan,
@@ -221,6 +224,10 @@ class ReplicaBook:
         totals[CPU] += span.cpu
         totals[BATCHES] += repeat
         totals[SPANS] += 1
+        busy = ended - began - bubble
+        totals[BUSY] += busy
+        busy >>= SPREAD_SHIFT
+        totals[SPREAD] += busy * busy if repeat == 1 else busy * busy // repeat
         if shape.decode_rows:
             totals[DECODE_ROWS] += shape.decode_rows * repeat
             totals[DECODE_STEPS] += repeat

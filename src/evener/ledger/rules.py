@@ -14,6 +14,8 @@ THRESHOLD = 0.05
 TOLD_UNATTRIBUTED = 0.01
 ROOM = 0.1
 """Idle shares below are no room."""
+UNEVEN = 0.5
+"""Batches whose standard deviation is this part of their mean fill a pipeline badly."""
 LATER = 1.05
 """Ranks and stages within this ratio take equally long."""
 
@@ -139,7 +141,7 @@ def bubble(account: Account, hints: Hints) -> Iterator[Finding]:
         lost = _s(replica, Cause.BUBBLE)
         if len(stages) < 2 or _share(replica, lost) < THRESHOLD:
             continue
-        busy = [_busy(s) for s in stages]
+        busy = [s.busy_s / len(s.devices) for s in stages]
         slow, idle = busy.index(max(busy)), busy.index(min(busy))
         waits = max(stages, key=lambda s: _share(s, _s(s, Cause.BUBBLE)))
         share = _share(waits, _s(waits, Cause.BUBBLE))
@@ -157,19 +159,21 @@ def bubble(account: Account, hints: Hints) -> Iterator[Finding]:
                 f"move {layers} layer{'s' * (layers > 1)} from stage {slow} to stage {idle}",
             )  # fmt: skip
         else:
-            also = f"move {layers} layer{'s' * (layers > 1)} from stage {slow} to stage {idle}; and " if layers else ""
+            uneven = stages[slow].batch_std_s > UNEVEN * stages[slow].batch_s
+            batches = f"batches take {stages[slow].batch_s * 1e3:.0f} +- {stages[slow].batch_std_s * 1e3:.0f} ms there"
+            why, remedy = (
+                (f"and {batches}: a short one waits behind a long one", "make prompt chunks smaller "
+                 "(--max-num-batched-tokens), or use fewer stages and more replicas")
+                if uneven
+                else (f"and {batches}: too few are in flight for {len(stages)} stages "
+                      f"({replica.mean_decode_rows:.1f} rows per decode step)",
+                      "send more requests at a time, or use fewer stages and more replicas")
+            )  # fmt: skip
+            also = f"move {layers} layer{'s' * (layers > 1)} from stage {slow} to stage {idle}; " if layers else ""
             yield _finding(
                 Cause.BUBBLE, _replica(r), replica, lost,
-                f"stage {waits.stage} waits {share:.0%} of the time, and {both}: too few batches are in flight for "
-                f"{len(stages)} stages ({replica.mean_decode_rows:.1f} rows per decode step)",
-                f"{also}use fewer stages and more replicas, or send more requests at a time",
+                f"stage {waits.stage} waits {share:.0%} of the time; {both}, {why}", also + remedy,
             )  # fmt: skip
-
-
-def _busy(stage: StageAccount) -> float:
-    """Seconds per device with a batch in hand."""
-    whole = stage.compute_s + _s(stage, Cause.STRAGGLER, Cause.TRANSFER, Cause.CONTENDED)
-    return whole / len(stage.devices)
 
 
 def transfer(account: Account, hints: Hints) -> Iterator[Finding]:
