@@ -2,23 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from evener.api import describe
+from evener.cli.plan_output import choice_json, show_assessments, show_choice, show_sizes
 from evener.errors import InvalidInput
-from evener.plan.explain import against, binding, gains, headline, memory_line
+from evener.plan.assess import assess as judge
+from evener.plan.assess import parse_layout
+from evener.plan.emit import ENGINES
+from evener.plan.emit import emit as emit_commands
 from evener.plan.load import save_plan
-from evener.plan.more import Gain, one_more
-from evener.plan.planner import Choice, as_json, choose_plan
-from evener.plan.problem import Problem
+from evener.plan.more import one_more
+from evener.plan.planner import choose_plan
 from evener.plan.search import Scored
-from evener.plan.trial import Tried
+from evener.plan.size import size_for
 from evener.planning import DEFAULT_TRAFFIC, PlanOptions, make_problem
 
 
@@ -51,6 +51,16 @@ def plan(
     policy: Annotated[str, typer.Option(help="equal-time, fcfs or static.")] = "equal-time",
     requests: Annotated[int, typer.Option(min=8, help="Requests to simulate, at most.")] = 400,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here (YAML).")] = None,
+    assess: Annotated[
+        list[str] | None,
+        typer.Option("--assess", help="Judge this layout, as in tp=8,pp=4,dp=2. Repeatable.", show_default=False),
+    ] = None,
+    size: Annotated[
+        bool, typer.Option("--size", help="How many devices of each kind the rate and objective take.")
+    ] = False,
+    emit: Annotated[
+        str | None, typer.Option(help="Launch commands for other engines: vllm or sglang.", show_default=False)
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the Pareto front here (PNG; the extra `plot`).")] = None,
     as_json_: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:  # fmt: skip
@@ -68,15 +78,28 @@ def plan(
         policy=policy,
     )
     problem = make_problem(options)
+    layouts = [parse_layout(text) for text in assess or ()]
+    if emit is not None and emit not in ENGINES:
+        raise InvalidInput(f"--emit {emit!r} is not one of {', '.join(ENGINES)}")
+    if size and (assess or emit):
+        raise InvalidInput("--size asks another question than --assess and --emit; ask one at a time")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=as_json_) as bar:
         task = bar.add_task("searching", total=None)
-        choice = choose_plan(
-            problem, requests=requests,
-            progress=lambda what, done, steps: bar.update(task, description=what, completed=done, total=steps),
-        )  # fmt: skip
-        bar.update(task, description="one device more", total=None)
-        more = list(one_more(problem, Scored(choice.best.plan, choice.best.load)))
+
+        def progress(what: str, done: int, steps: int) -> None:
+            bar.update(task, description=what, completed=done, total=steps)
+
+        if size:
+            sizes = list(size_for(problem, requests, progress))
+        else:
+            choice = choose_plan(problem, requests=requests, progress=progress)
+            assessed = [judge(problem, layout, choice.items, choice.best) for layout in layouts]
+            bar.update(task, description="one device more", total=None)
+            more = [] if assess else list(one_more(problem, Scored(choice.best.plan, choice.best.load)))
+    if size:
+        show_sizes(sizes, problem, as_json_)
+        return
     if output is not None:
         try:
             save_plan(choice.best.plan, output)
@@ -86,72 +109,10 @@ def plan(
         from evener.plan.plot import draw_front
 
         draw_front(choice, plot)
-    if as_json_:
-        typer.echo(json.dumps(_json(problem, choice, more, output), indent=1))
+    launches = emit_commands(emit, problem, choice.best, model or "MODEL") if emit is not None else []
+    if assessed:
+        show_assessments(assessed, choice, as_json_)
+    elif as_json_:
+        typer.echo(json.dumps(choice_json(problem, choice, more, launches, output), indent=1))
     else:
-        _show(problem, choice, more, output)
-
-
-def _json(problem: Problem, choice: Choice, more: list[Gain], output: Path | None) -> dict[str, Any]:
-    return {
-        **as_json(choice),
-        "profile": problem.profile.source,
-        "assumed": list(problem.profile.missing),
-        "demand": {k: getattr(problem.demand, k) for k in problem.demand.__struct_fields__},
-        "binding": binding(problem, choice.best.plan, choice.best),
-        "one_more": [{k: getattr(g, k) for k in g.__struct_fields__} for g in more],
-        "layout": list(describe(choice.best.plan)),
-        "output": str(output) if output is not None else None,
-    }
-
-
-def _show(problem: Problem, choice: Choice, more: list[Gain], output: Path | None) -> None:
-    console = Console()
-
-    def say(text: str) -> None:
-        console.print(escape(text), highlight=False, soft_wrap=True)
-
-    say(headline(choice))
-    for line in describe(choice.best.plan):
-        say(f"  {line}")
-    say(f"  {memory_line(problem, choice.best)}")
-    console.print(_table(choice))
-    for title, lines in (
-        ("Why not the usual layouts", against(choice)),
-        ("What binds", binding(problem, choice.best.plan, choice.best)),
-        ("One device more", gains(more)),
-    ):
-        if lines:
-            say(f"{title}:")
-            for line in lines:
-                say(f"  {line}")
-    say(
-        f"Speeds: {problem.profile.source}"
-        + (f" ({'; '.join(problem.profile.missing)})" if problem.profile.missing else "")
-    )
-    say(f"{choice.considered} plans scored in {choice.search_s:.1f} s, the best simulated in {choice.trial_s:.1f} s")
-    if output is not None:
-        say(f"wrote {output}: evener serve --plan {output}")
-
-
-def _table(choice: Choice) -> Table:
-    table = Table(title=f"Predicted, by {choice.goal}")
-    for name in ("plan", "at most", "tok/s", "in SLO", "TTFT p90", "TPOT p90", "mean e2e"):
-        table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=name != "plan")
-    named = {id(b.tried): b.name for b in choice.baselines if b.tried is not None}
-    rows = [choice.best, *choice.others]
-    front = {id(t) for t in choice.front}
-    for t in {id(t): t for t in rows}.values():
-        mark = "> " if t is choice.best else "* " if id(t) in front else "  "
-        table.add_row(mark + escape(named.get(id(t), t.plan.name)), *_cells(t))
-    table.caption = (
-        "> chosen, * on the Pareto front; at most: capacity by the cost model, output tok/s; the rest simulated"
-    )
-    return table
-
-
-def _cells(t: Tried) -> list[str]:
-    return [
-        f"{t.load.tokens_s:.4g}", f"{t.tokens_s:.4g}", f"{t.met:.0%}", f"{t.ttft.p90:.3g} s",
-        f"{t.tpot.p90 * 1e3:.3g} ms", f"{t.e2e.mean:.3g} s",
-    ]  # fmt: skip
+        show_choice(problem, choice, more, launches, output)

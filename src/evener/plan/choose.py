@@ -9,6 +9,8 @@ from evener.plan.trial import Tried
 
 CLOSE = 0.02
 """Plans within this share of the best count as equal in the first respect; the second then decides."""
+SAME = 0.005
+"""The same for throughput, where nothing else is wished for: then capacity by the cost model decides."""
 
 
 def goal_of(problem: Problem) -> str:
@@ -21,21 +23,26 @@ def goal_of(problem: Problem) -> str:
 def best_tried(problem: Problem, tried: Sequence[Tried]) -> Tried:
     """The best plan. With bounds: most goodput. Under a rate: the shortest mean time among those that keep up.
 
-    Without either: the most output tokens per second. What is close in that (2%) is decided by mean time; what then
-    is equal, by fewer devices and by name, so that the choice is the same every time.
+    Without either: the most output tokens per second. What is close in that is decided by mean time, or by capacity;
+    what then is equal, by fewer devices and by name, so that the choice is the same every time.
     """
     assert tried, "nothing was tried"
 
-    def first(t: Tried) -> float:
-        if problem.bounds:
-            return t.goodput
-        return t.requests_s if problem.demand.rate is not None else t.tokens_s
+    top = max(first_merit(problem, t) for t in tried)
+    latency = problem.demand.rate is not None or bool(problem.bounds)
+    close = [t for t in tried if first_merit(problem, t) >= top * (1 - (CLOSE if latency else SAME))]
+    if latency:
+        return min(close, key=lambda t: (t.e2e.mean, len(t.plan.devices()), t.plan.devices()))
+    return min(close, key=lambda t: (-t.load.tokens_s, len(t.plan.devices()), t.plan.devices()))
 
-    top = max(first(t) for t in tried)
-    close = [t for t in tried if first(t) >= top * (1 - CLOSE)]
-    if problem.demand.rate is None and not problem.bounds:
-        return max(close, key=lambda t: (first(t), -len(t.plan.devices()), t.plan.devices()))
-    return min(close, key=lambda t: (t.e2e.mean, len(t.plan.devices()), t.plan.devices()))
+
+def first_merit(problem: Problem, t: Tried) -> float:
+    """What is compared first; more is better."""
+    if problem.bounds:
+        return t.goodput
+    if problem.demand.rate is not None:
+        return t.requests_s
+    return t.tokens_s if problem.finite else t.full_tokens_s
 
 
 def shortlist(problem: Problem, scored: Sequence[Scored], count: int) -> list[Scored]:

@@ -218,12 +218,14 @@ def choose(pool: _Pool, patterns: Sequence[Pattern], most_replicas: int | None =
 
 
 def plans_of_many(problem: Problem, stages: Stages) -> list[tuple[Candidate, ...]]:
-    """Mixes of replicas: the best, and the best with few replicas (larger ones answer a lone request sooner)."""
+    """Mixes of replicas: the best, and the best of few replicas, of short pipelines, and of one kind of device each."""
     stock = Stock(stages)
     pool = _Pool(problem, stages, stock)
     patterns = grow(pool)
     out: list[tuple[Candidate, ...]] = []
     asked: list[tuple[list[Pattern], int | None]] = [(patterns, None), *((patterns, n) for n in (1, 2, 3, 4, 6, 8))]
+    asked += [([p for p in patterns if len(p) <= n], None) for n in (2, 4, 8, 12)]
+    asked.append(([p for p in patterns if len({u.kind for u in p}) == 1], None))
     if problem.bounds.tpot is not None:
         quick = [p for p in patterns if (c := pool.candidate(p)) and c.capacity.tpot <= problem.bounds.tpot]
         asked.append((quick, None))

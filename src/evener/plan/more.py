@@ -52,10 +52,14 @@ def with_more(problem: Problem, counts: dict[str, int]) -> Problem:
     for name, count in counts.items():
         like = problem.cluster.device(name)
         known = next(p for p in problem.profile.devices if (p.hardware or p.name) == hardware(like))
+        # A GPU that has its host to itself brings another host along.
+        lonely = like.host != "localhost" and sum(d.host == like.host for d in problem.cluster.devices) == 1
         for k in range(count):
             at += 1
-            new = f"{hardware(like)}+{k + 1}"
-            devices.append(structs.replace(like, name=new, index=at, cores=tuple(at for _ in like.cores[:1])))
+            host = f"{like.host}+{k + 1}" if lonely else like.host
+            new = f"{host}/{hardware(like).rpartition('/')[2]}" if lonely else f"{hardware(like)}+{k + 1}"
+            cores = tuple(at for _ in like.cores[:1])
+            devices.append(structs.replace(like, name=new, host=host, index=at, cores=cores))
             profiles.append(structs.replace(known, name=new, hardware=new))
             for x in problem.cluster.links:
                 if name in (x.a, x.b):
@@ -71,5 +75,6 @@ def only(problem: Problem, names: Sequence[str]) -> Problem:
     """The same problem with these devices alone."""
     kept = set(names)
     devices = tuple(d for d in problem.cluster.devices if d.name in kept)
-    links = tuple(x for x in problem.cluster.links if x.a in kept and x.b in kept)
+    gone = {d.name for d in problem.cluster.devices} - kept
+    links = tuple(x for x in problem.cluster.links if x.a not in gone and x.b not in gone)
     return replace(problem, cluster=Cluster(devices, links))

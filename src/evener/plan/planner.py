@@ -7,7 +7,7 @@ from msgspec import Struct, structs
 
 from evener.plan.baselines import equalised, score_or_reason, score_usual
 from evener.plan.choose import best_tried, goal_of, pareto, shortlist
-from evener.plan.problem import Problem
+from evener.plan.problem import Item, Problem
 from evener.plan.search import Scored, search
 from evener.plan.trial import Progress, Tried, sample, try_plan
 
@@ -34,6 +34,8 @@ class Choice(Struct, frozen=True):
     front: tuple[Tried, ...]
     considered: int
     """Plans scored by the cost model."""
+    items: tuple[Item, ...]
+    """The requests that all were tried on."""
     search_s: float
     trial_s: float
 
@@ -86,6 +88,7 @@ def choose_plan(
         baselines=tuple(compared),
         front=tuple(pareto(tried)),
         considered=len(scored),
+        items=tuple(items),
         search_s=searched - began,
         trial_s=time.perf_counter() - searched,
     )
@@ -117,7 +120,7 @@ def figures(t: Tried) -> dict[str, Any]:
         "capacity_tok_s": t.load.tokens_s,
         "capacity_req_s": t.load.requests_s,
     }
-    for name in ("requests", "refused", "duration_s", "tokens_s", "requests_s", "goodput", "met"):
+    for name in ("requests", "refused", "duration_s", "tokens_s", "full_tokens_s", "requests_s", "goodput", "met"):
         out[name] = getattr(t, name)
     for name in ("ttft", "tpot", "e2e"):
         out[f"{name}_s"] = structs.asdict(getattr(t, name))

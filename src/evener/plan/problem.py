@@ -128,6 +128,8 @@ class Problem:
     kv_bytes: Bytes | None = None
     """Room for KV on a device that declares no memory; None: it must declare it."""
     max_num_seqs: int = 64
+    finite: bool = False
+    """The items are all there is to serve, not a sample of what comes: draining counts."""
     bounds: Bounds = field(default_factory=Bounds)
     policy: str = "equal-time"
     factory: CostFactory | None = None

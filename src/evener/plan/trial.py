@@ -3,20 +3,22 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from evener.brain import Brain, BrainConfig
 from evener.engine.request import Request
 from evener.execute.sim.body import Outcome, SimRequest, Simulator
+from evener.ledger.ledger import Ledger
 from evener.plan.capacity import Load, default_chunk
 from evener.plan.problem import Bounds, Item, Problem
 from evener.plan.search import Scored, plan_blocks
 from evener.spec.memory import weight_bytes
 from evener.spec.plan import Plan
-from evener.units import NS_PER_S, Bytes, ns
+from evener.units import NS_PER_S, Bytes, Nanoseconds, Seconds, ns
 
 ROUNDS = 3
-"""Without a rate, requests per row: enough that filling and draining do not rule the throughput."""
+"""Without a rate, requests per row at least: enough that the plan is full for most of the time."""
+MOST = 4000
 
 
 class Spread(Struct, frozen=True):
@@ -39,6 +41,8 @@ class Tried(Struct, frozen=True):
     """From the first arrival to the last token."""
     tokens_s: float
     """Output tokens per second over the duration."""
+    full_tokens_s: float
+    """Output tokens per second until the last request got its first token: while there was always work for all."""
     requests_s: float
     goodput: float
     """Requests per second that met the bounds (all completed ones, without bounds)."""
@@ -52,6 +56,10 @@ class Tried(Struct, frozen=True):
     kv_tokens: int
     """Over all replicas."""
     max_num_batched_tokens: int
+    useful: float = 0.0
+    """Share of the device time that computed what somebody asked for, once."""
+    ledger: dict[str, dict[str, float]] = {}
+    """Device -> cause -> share of its time."""
 
 
 def plan_chunk(problem: Problem, plan: Plan) -> int:
@@ -64,10 +72,12 @@ def plan_chunk(problem: Problem, plan: Plan) -> int:
 def sample(problem: Problem, rows: int, most: int) -> list[Item]:
     """The requests to try a plan with `rows` rows on: with a rate the first `most`; without one, enough to fill it."""
     items = problem.items
+    if problem.finite:
+        return list(items)
     if problem.demand.rate is not None:
         return list(items[:most])
-    wanted = min(most, max(ROUNDS * rows, 32))
-    return [items[k % len(items)] for k in range(wanted)]
+    wanted = min(MOST, max(most, ROUNDS * rows))
+    return [items[k % len(items)]._replace(at=Seconds(0.0)) for k in range(wanted)]
 
 
 def try_plan(problem: Problem, scored: Scored, items: Sequence[Item]) -> Tried:
@@ -80,19 +90,25 @@ def try_plan(problem: Problem, scored: Scored, items: Sequence[Item]) -> Tried:
         policy=problem.policy, max_num_seqs=problem.max_num_seqs, max_num_batched_tokens=chunk, max_queue=1 << 40,
         block_tokens=problem.memory.block_tokens,
     )  # fmt: skip
-    brain = Brain(plan, blocks, costs, config)
+    ledger = Ledger(plan, costs, start=Nanoseconds(0), resolution=None, follow_requests=0)
+    brain = Brain(plan, blocks, costs, config, journal=ledger)
     traffic = [
         SimRequest(Request(f"q{k}", i.input_tokens, i.output_tokens), ns(i.at), i.output_tokens)
         for k, i in enumerate(items)
     ]
-    outcomes = list(Simulator(brain, costs, traffic).run())
+    outcomes = list(Simulator(brain, costs, traffic, ledger=ledger).run())
+    account = ledger.account()
     weights = sum(
         weight_bytes(shard, stage, problem.model, problem.memory.dtype)
         for replica in plan.replicas
         for stage in replica.stages
         for shard in stage.shards
     )
-    return _figures(scored, outcomes, problem.bounds, Bytes(weights), sum(blocks) * problem.memory.block_tokens, chunk)
+    figures = _figures(
+        scored, outcomes, problem.bounds, Bytes(weights), sum(blocks) * problem.memory.block_tokens, chunk
+    )
+    causes = {d: {c: s / use.wall_s for c, s in use.causes.items() if s > 0} for d, use in account.devices.items()}
+    return structs.replace(figures, ledger=causes, useful=account.total.useful)
 
 
 def _figures(
@@ -121,6 +137,7 @@ def _figures(
         refused=len(outcomes) - len(done),
         duration_s=duration,
         tokens_s=float(tokens.sum()) / duration,
+        full_tokens_s=_while_full(done, start),
         requests_s=len(done) / duration,
         goodput=float(good.sum()) / duration,
         met=float(good.sum()) / len(outcomes),
@@ -131,6 +148,16 @@ def _figures(
         kv_tokens=kv_tokens,
         max_num_batched_tokens=chunk,
     )
+
+
+def _while_full(done: Sequence[Outcome], start: int) -> float:
+    until = max((o.first_token or 0 for o in done), default=start)
+    tokens = 0.0
+    for o in done:
+        first, ended = o.first_token or until, o.ended or until
+        # Between its first and last token a request moves on evenly, nearly.
+        tokens += 1 + (o.tokens - 1) * (min(until, ended) - first) / max(1, ended - first)
+    return tokens / max(1, until - start) * NS_PER_S
 
 
 def _spread(values: "np.typing.NDArray[np.float64]") -> Spread:
