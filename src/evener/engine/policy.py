@@ -127,7 +127,8 @@ class EqualTime:
         full = replica.config.max_num_batched_tokens
         slots = len(replica.groups)
         if slots > 1:
-            waiting = replica.prefill_tokens_left()
+            # What waits for KV or a slot cannot fill the pipeline: only what can run now is spread over it.
+            waiting = replica.prefill_tokens_ready()
             full = min(full, max(self.smallest_chunk, -(-waiting // slots)))
             # A chunk rides on a decode step: leave room for the rows that share its batch.
             rows = max(g.size for g in replica.groups)

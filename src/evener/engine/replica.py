@@ -136,6 +136,11 @@ class ReplicaEngine:
         """Prompt tokens waiting or partly done."""
         return self.waiting.tokens + sum(s.left for s in self._prefilling)
 
+    def prefill_tokens_ready(self) -> int:
+        """Prompt tokens that could be computed now: partly done ones, and waiting ones for which there is room."""
+        room = self.pool.available * self.config.block_tokens if self._free_slots else 0
+        return min(self.waiting.tokens, room) + sum(s.left for s in self._prefilling)
+
     def group_ns(self, group: DecodeGroup) -> Nanoseconds:
         """Predicted time of the next step of a group."""
         rows = group.size
