@@ -27,7 +27,7 @@ from evener.spec.plan import Plan, Replica, Shard, Stage, split_even
 AXIS = [64, 256, 1024, 4096]
 ROWS = [1, 16, 256, 4096]
 MODEL = ModelSpec("llama", 4096, 1024, 4, 16, 4, 64, 4096, 8192)
-BARE = MissingTerms(host_ns=0, op_ns=1e-9, elementwise_share=1e12, sample_row_ns=0.0)
+BARE = MissingTerms(host_ns=0, op_ns=1e-9, elementwise_share=1e12, row_ns=0.0)
 """Nothing but the measured operators."""
 
 
@@ -96,7 +96,7 @@ def test_a_larger_matrix_never_takes_less_and_nothing_takes_nothing() -> None:
 
 
 def test_a_host_that_starts_every_kernel_bounds_a_layer() -> None:
-    slow = MissingTerms(host_ns=0, launch_ns=50_000.0, sample_row_ns=0.0)
+    slow = MissingTerms(host_ns=0, launch_ns=50_000.0, row_ns=0.0)
     shape = BatchShape(decode_rows=1, decode_context=10)
     assert costs(terms=slow).stage_ns(0, 0, shape) == pytest.approx(4 * KERNELS_PER_LAYER * 50_000, rel=0.01)
     large = BatchShape(prefill_tokens=4096, prefill_pairs=4096 * 4097 // 2, chunks=1)
@@ -107,9 +107,9 @@ def test_a_host_that_starts_every_kernel_bounds_a_layer() -> None:
 def test_missing_terms_add_what_they_say() -> None:
     shape = BatchShape(decode_rows=8, decode_context=100, sampled_rows=8)
     base = costs().stage_ns(0, 0, shape)
-    more = MissingTerms(host_ns=1_000_000, op_ns=1e-9, elementwise_share=1e12, sample_row_ns=500.0)
+    more = MissingTerms(host_ns=1_000_000, op_ns=1e-9, elementwise_share=1e12, row_ns=500.0)
     assert costs(terms=more).stage_ns(0, 0, shape) - base == pytest.approx(1_000_000 + 8 * 500, abs=5)
-    ops = MissingTerms(host_ns=0, op_ns=10_000.0, elementwise_share=1e12, sample_row_ns=0.0)
+    ops = MissingTerms(host_ns=0, op_ns=10_000.0, elementwise_share=1e12, row_ns=0.0)
     added = 4 * (ATTENTION_EXTRA + FFN_EXTRA) + 4 + 2
     assert costs(terms=ops).stage_ns(0, 0, shape) - base == pytest.approx(added * 10_000, rel=0.01)
 

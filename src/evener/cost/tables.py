@@ -37,8 +37,8 @@ class MissingTerms(Struct, frozen=True):
     """A norm, rotation or activation on next to no data, once started by a graph."""
     elementwise_share: float = 0.8
     """Of peak bandwidth, in norms, rotation, activation and sampling."""
-    sample_row_ns: float = 1_000.0
-    """Choosing a token, per sampled row."""
+    row_ns: float = 1_000.0
+    """Choosing a token and handing it on, per sampled row: the sampler, and a host that nothing hides."""
 
 
 ATTENTION_EXTRA, FFN_EXTRA = 3, 2
@@ -198,7 +198,7 @@ class TableCosts(DeviceCosts):
         if vocabulary == 0:
             return np.zeros(len(rows))
         time = self._head_gemm.ns(rows, vocabulary, self.model.hidden) + self._extra(rows, 4 * vocabulary, 4)
-        out: Floats = (time + rows * self._terms.sample_row_ns) * self.stretch
+        out: Floats = (time + rows * self._terms.row_ns) * self.stretch
         return out
 
 
