@@ -9,7 +9,7 @@ import pytest
 from evener.model.source import open_model
 from evener.verify import Reference, verify
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LOPSIDED = """
 name: lopsided
