@@ -11,7 +11,6 @@ import psutil
 from msgspec import Struct, structs
 
 from evener.brain import BrainConfig
-from evener.cost.base import BatchShape, CostModel
 from evener.cost.rates import Profile, bind, default_profile
 from evener.cost.roofline import RooflineCostModel
 from evener.cost.work import PlanWork
@@ -20,9 +19,11 @@ from evener.errors import InvalidDevice, InvalidInput, InvalidPlan
 from evener.execute.live.engine import LiveEngine
 from evener.execute.live.fleet import LiveConfig
 from evener.model.source import ModelSource, open_model
+from evener.plan.auto import choose_layout
+from evener.plan.capacity import default_chunk
 from evener.plan.default import default_plan, equal_plan
 from evener.plan.load import load_plan
-from evener.profile.hardware import check_present
+from evener.profile.hardware import check_present, local_devices
 from evener.profile.store import load_profile
 from evener.router.choose import make_router
 from evener.spec.cluster import Cluster, Device, Link, parse_device, parse_size
@@ -32,9 +33,7 @@ from evener.spec.plan import Plan, validate
 from evener.spec.traffic import TrafficMix, parse_traffic_mix
 from evener.units import NS_PER_S, Bytes, Seconds, human_bytes
 
-_CHUNK_NS = NS_PER_S // 2
-"""A prompt chunk of the default size takes at most about this long: it is what a decoding row may have to wait."""
-_CHUNKS = (2048, 1024, 512, 256, 128, 64)
+AUTO = "auto"
 
 
 class EngineOptions(Struct, frozen=True, kw_only=True):
@@ -48,7 +47,7 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     plan: str | None = None
-    """YAML file; excludes the three sizes."""
+    """YAML file, or `auto` to choose for these devices and `traffic_mix`; excludes the three sizes."""
     split: str = "time"
     """`time`: by measured time for `traffic_mix`; `equal`: the pre-training habit."""
     traffic_mix: str | None = None
@@ -91,6 +90,8 @@ class Prepared(Struct, frozen=True):
     kv_blocks: list[int]
     max_model_len: int
     max_num_batched_tokens: int
+    why: str = ""
+    """Of a plan that was chosen (`auto`): what it is predicted to do, and beside what."""
 
 
 def prepare(options: EngineOptions, source: ModelSource | None = None) -> Prepared:
@@ -112,16 +113,20 @@ def prepare(options: EngineOptions, source: ModelSource | None = None) -> Prepar
             raise InvalidInput(f"{name}={seconds} must be a number of seconds from {least:g} to 86400")
     source = source or open_model(options.model)
     model = source.spec
-    cluster, plan, profile = _plan(options, model)
+    cluster, plan, profile, why = _plan(options, model)
     costs = RooflineCostModel(model, plan, bind(profile, cluster.devices), dtype=options.dtype, links=options.links)
     given = options.max_num_batched_tokens
-    chunk = given if given is not None else _chunk(costs, len(plan.replicas))
+    chunk = (
+        given
+        if given is not None
+        else default_chunk(lambda shape: max(costs.batch_ns(r, shape) for r in range(len(plan.replicas))))
+    )
     if chunk < 1:
         raise InvalidInput(f"max_num_batched_tokens={chunk} must be at least 1")
     blocks, longest = _kv(options, model, cluster, plan, chunk)
     return Prepared(
         options=options, source=source, model=model, cluster=cluster, plan=plan, profile=profile, costs=costs,
-        kv_blocks=blocks, max_model_len=longest, max_num_batched_tokens=chunk,
+        kv_blocks=blocks, max_model_len=longest, max_num_batched_tokens=chunk, why=why,
     )  # fmt: skip
 
 
@@ -205,7 +210,7 @@ def make_options(**options: Any) -> EngineOptions:
     return EngineOptions(**options)
 
 
-def _plan(options: EngineOptions, model: ModelSpec) -> tuple[Cluster, Plan, Profile]:
+def _plan(options: EngineOptions, model: ModelSpec) -> tuple[Cluster, Plan, Profile, str]:
     tp, pp, dp = options.tensor_parallel_size, options.pipeline_parallel_size, options.data_parallel_size
     for flag, value in (("-tp", tp), ("-pp", pp), ("-dp", dp)):
         if value < 1:
@@ -215,9 +220,11 @@ def _plan(options: EngineOptions, model: ModelSpec) -> tuple[Cluster, Plan, Prof
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise InvalidInput(f"device {twice} is named twice; name a second worker on it {twice}#1")
-    if options.plan is not None:
-        if (tp, pp, dp) != (1, 1, 1):
-            raise InvalidInput("--plan says the layout itself; leave out -tp, -pp and -dp")
+    if options.plan is not None and (tp, pp, dp) != (1, 1, 1):
+        raise InvalidInput("--plan says the layout itself; leave out -tp, -pp and -dp")
+    if options.plan == AUTO:
+        devices = given or [d for d in local_devices() if d.kind == "cpu"]
+    elif options.plan is not None:
         plan = load_plan(options.plan, model)
         devices = given or [parse_device(name) for name in plan.devices()]
     else:
@@ -228,19 +235,24 @@ def _plan(options: EngineOptions, model: ModelSpec) -> tuple[Cluster, Plan, Prof
     cluster = Cluster(tuple(devices), options.links)
     check_present(cluster.devices)
     profile = load_profile(cluster) or default_profile(devices)
-    if options.plan is None:
+    mix = parse_traffic_mix(options.traffic_mix) if options.traffic_mix else TrafficMix()
+    why = ""
+    if options.plan == AUTO:
+        room = _kv_room(options, len(devices))
+        memory = _memory_config(options, 512)
+        plan, why = choose_layout(model, cluster, profile, mix, memory, room, options.max_num_seqs, options.policy)
+    elif options.plan is None:
         if options.split not in ("time", "equal"):
             raise InvalidInput(f"split {options.split!r} is unknown; use time or equal")
         if options.split == "equal":
             plan = equal_plan(model, devices, tp, pp, dp)
         else:
-            mix = parse_traffic_mix(options.traffic_mix) if options.traffic_mix else TrafficMix()
             plan = default_plan(
                 model, devices, tp, pp, dp, profile, mix, memory=_memory_config(options, 512), links=options.links
             )
     validate(plan, model, cluster)
     used = set(plan.devices())
-    return structs.replace(cluster, devices=tuple(d for d in devices if d.name in used)), plan, profile
+    return structs.replace(cluster, devices=tuple(d for d in devices if d.name in used)), plan, profile, why
 
 
 def _own_devices(count: int) -> list[Device]:
@@ -259,27 +271,23 @@ def _own_devices(count: int) -> list[Device]:
     return [parse_device(f"cpu:{core}") for core in cores[:count]]
 
 
-def _chunk(costs: CostModel, replicas: int) -> int:
-    for tokens in _CHUNKS:
-        shape = BatchShape(prefill_tokens=tokens, prefill_pairs=tokens * (tokens + 1) // 2, chunks=1)
-        if max(costs.batch_ns(r, shape) for r in range(replicas)) <= _CHUNK_NS:
-            return tokens
-    return _CHUNKS[-1]
-
-
 def _memory_config(options: EngineOptions, chunk: int) -> MemoryConfig:
     return MemoryConfig(dtype=options.dtype, kv_dtype="fp32", max_batch_tokens=chunk + options.max_num_seqs)
+
+
+def _kv_room(options: EngineOptions, workers: int) -> Bytes:
+    """Bytes for KV per device."""
+    if options.kv_cache_memory is not None:
+        return parse_size(options.kv_cache_memory, "kv_cache_memory")
+    # A third of what is free now, shared by all workers of this host; the rest is for weights and activations.
+    return Bytes(psutil.virtual_memory().available // 3 // workers)
 
 
 def _kv(options: EngineOptions, model: ModelSpec, cluster: Cluster, plan: Plan, chunk: int) -> tuple[list[int], int]:
     """KV blocks per replica, and the longest sequence."""
     config = _memory_config(options, chunk)
     size = config.block_tokens
-    if options.kv_cache_memory is not None:
-        room = parse_size(options.kv_cache_memory, "kv_cache_memory")
-    else:
-        # A third of what is free now, shared by all workers of this host; the rest is for weights and activations.
-        room = Bytes(psutil.virtual_memory().available // 3 // len(plan.devices()))
+    room = _kv_room(options, len(plan.devices()))
     blocks = []
     for replica in plan.replicas:
         count = kv_blocks(replica, model, cluster, config, room)

@@ -7,12 +7,13 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from evener.api import EngineOptions
+from evener.api import AUTO, EngineOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _DEFAULTS = EngineOptions()
+_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 def _all(
@@ -30,12 +31,22 @@ def _all(
             show_default="one per core",
         ),
     ] = None,
-    tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="Shards per stage.")] = 1,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option("--tensor-parallel-size", "-tp", help="Shards per stage.", show_default="1")
+    ] = None,
     pipeline_parallel_size: Annotated[
-        int, typer.Option("--pipeline-parallel-size", "-pp", help="Stages per replica.")
-    ] = 1,
-    data_parallel_size: Annotated[int, typer.Option("--data-parallel-size", "-dp", help="Replicas.")] = 1,
-    plan: Annotated[str | None, typer.Option(help="Plan file (YAML), instead of -tp, -pp, -dp.")] = None,
+        int | None, typer.Option("--pipeline-parallel-size", "-pp", help="Stages per replica.", show_default="1")
+    ] = None,
+    data_parallel_size: Annotated[
+        int | None, typer.Option("--data-parallel-size", "-dp", help="Replicas.", show_default="1")
+    ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan file (YAML), or auto to choose, instead of -tp, -pp, -dp.",
+            show_default="serve: auto, if none of the three is given",
+        ),
+    ] = None,
     split: Annotated[
         str, typer.Option(help="Default plans: time (measured) or equal (the pre-training habit).")
     ] = "time",
@@ -86,6 +97,10 @@ def with_engine_options(command: Callable[..., R]) -> Callable[..., R]:
     @functools.wraps(command)
     def wrapper(**given: Any) -> R:
         values = {name: given.pop(name) for name in shared}
+        unsaid = [name for name in _SIZES if values[name] is None]
+        if command.__name__ == "serve" and len(unsaid) == len(_SIZES) and values["split"] == _DEFAULTS.split:
+            values["plan"] = values["plan"] or AUTO
+        values |= dict.fromkeys(unsaid, 1)
         values["devices"] = tuple(d for text in values["devices"] or () for d in text.split())
         return command(EngineOptions(**values), **given)
 

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 from msgspec import structs
 
-from evener.api import EngineOptions, describe, prepare, start_engine
+from evener.api import AUTO, EngineOptions, describe, prepare, start_engine
 from evener.cli.engine_options import with_engine_options
 from evener.errors import InvalidInput
+from evener.profile import load_profile, local_devices, measure
 from evener.serve.app import create_app
 from evener.serve.front import FrontConfig
 from evener.serve.server import bind, run
+from evener.spec.cluster import Cluster, parse_device
 
 
 @with_engine_options
@@ -51,6 +53,18 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _measure(options: EngineOptions) -> None:
+    """Measure the devices to choose among, unless it was done before."""
+    given = tuple(parse_device(text) for text in options.devices)
+    devices = given or tuple(d for d in local_devices() if d.kind == "cpu")
+    if len(devices) < 2 or any(d.kind != "cpu" for d in devices):
+        return
+    cluster = Cluster(devices)
+    if load_profile(cluster) is None:
+        _say(f"evener: measuring {', '.join(d.name for d in devices)} once, to choose a layout")
+        measure(cluster, quick=True)
+
+
 async def _serve(
     options: EngineOptions,
     host: str,
@@ -60,6 +74,8 @@ async def _serve(
     origins: tuple[str, ...],
     template: str | None,
 ) -> None:
+    if options.plan == AUTO:
+        _measure(options)
     prepared = prepare(options)
     source = prepared.source
     config = FrontConfig(
@@ -67,6 +83,8 @@ async def _serve(
         chat_template=template,
     )  # fmt: skip
     _say(f"evener: {source.name}, {prepared.plan.name}, policy {options.policy}")
+    if prepared.why:
+        _say(f"  chosen: {prepared.why}")
     for line in describe(prepared.plan):
         _say(f"  {line}")
     if prepared.profile.source == "default":

@@ -26,7 +26,11 @@ def headline(choice: Choice) -> str:
 def _value(choice: Choice, t: Tried) -> float:
     if choice.goal == "goodput":
         return t.goodput
-    return -t.e2e.mean if choice.goal.startswith("latency") else t.full_tokens_s
+    return -t.e2e.mean if choice.goal.startswith("latency") else _throughput(choice, t)
+
+
+def _throughput(choice: Choice, t: Tried) -> float:
+    return t.tokens_s if choice.finite else t.full_tokens_s
 
 
 def _merit(choice: Choice, t: Tried) -> str:
@@ -34,7 +38,7 @@ def _merit(choice: Choice, t: Tried) -> str:
         return f"{t.goodput:.3g} requests/s within the objective ({t.met:.0%} of them)"
     if choice.goal.startswith("latency"):
         return f"{t.e2e.mean:.3g} s per request on average, capacity {t.load.tokens_s:.4g} tokens/s"
-    return f"{t.full_tokens_s:.4g} tokens/s"
+    return f"{_throughput(choice, t):.4g} tokens/s"
 
 
 def against(choice: Choice) -> list[str]:

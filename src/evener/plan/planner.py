@@ -27,6 +27,8 @@ class Choice(Struct, frozen=True):
     """What was chosen, and beside what."""
 
     goal: str
+    finite: bool
+    """As in the problem."""
     best: Tried
     others: tuple[Tried, ...]
     """The other plans that were simulated, the usual layouts included."""
@@ -83,6 +85,7 @@ def choose_plan(
         best = best_tried(problem, tried)
     return Choice(
         goal=goal_of(problem),
+        finite=problem.finite,
         best=best,
         others=tuple(t for t in tried if t is not best),
         baselines=tuple(compared),
