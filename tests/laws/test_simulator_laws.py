@@ -107,11 +107,16 @@ def test_law_9_state_in_between(case: Case) -> None:
             run_until(slow, at)
             run_until(fast, at)
             if fast._runs is not None:
-                for pipeline in fast._pipelines:
-                    if fast._runs.running(pipeline.index):
-                        fast._runs.catch_up(pipeline.index, at, False, 0)
+                for k in [p.index for p in fast._pipelines if fast._runs.running(p.index)]:
+                    fast._runs.catch_up(k, at, False, 0)
+                    if (at + k) % 2:  # else the run goes on, and its batches in flight are not looked at
+                        fast._runs.stop(k)
+                        fast._arm(fast._pipelines[k])
             for a, b in zip(slow.brain.replicas, fast.brain.replicas, strict=True):
-                assert state_of(a) == state_of(b)
+                one, two = state_of(a), state_of(b)
+                if fast._runs is not None and fast._runs.running(a.index):
+                    del one["in_flight"], two["in_flight"]
+                assert one == two
 
 
 def test_fast_forward_skips_most_steps() -> None:

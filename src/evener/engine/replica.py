@@ -279,8 +279,8 @@ class ReplicaEngine:
     def steady_steps(self, most: int) -> int:
         """How many of the next batches (up to `most`) are plain decode steps of the present rows, as far as known here.
 
-        True ends, arrivals and cancellations may end that earlier, and are for the caller to see. 0 where that cannot
-        be said, though it may be so.
+        Those in flight are such steps already. True ends, arrivals and cancellations may end that earlier, and are for
+        the caller to see. 0 where that cannot be said, though it may be so.
         """
         group = self.groups[0]
         if (
@@ -290,33 +290,45 @@ class ReplicaEngine:
             or (self.waiting.rows and self._free_slots and not self.short_of_kv)
         ):  # fmt: skip
             return 0
+        rows = group.snapshot()
+        for record in self.in_flight:
+            if record.rows is not rows or record.capped:
+                return 0
         steps = min(most, group.steps_to_cap())
         available = self.pool.available
-        if available < len(group.rows) * (1 + steps // self.config.block_tokens):
-            while steps and sum(len(rows) * count for rows, count in group.blocks_of(steps)) > available:
+        if available < len(rows) * (1 + steps // self.config.block_tokens):
+            while steps and sum(len(of) * count for of, count in group.blocks_of(steps)) > available:
                 steps //= 2
         return steps
 
-    def skip(self, steps: int) -> int:
-        """Do at once what so many results and issues do (within `steady_steps`); the number of the first batch."""
-        group, first = self.groups[0], self._next_batch
+    def skip(self, steps: int) -> None:
+        """Do at once what so many results and issues do, within `steady_steps`; `land` before anything else is done."""
+        group = self.groups[0]
         for rows, count in group.blocks_of(steps):
             blocks = self.pool.allocate(len(rows) * count)
             assert blocks is not None, "a run of steps took more KV blocks than there were"
-            for k, seq in enumerate(rows.values()):
-                seq.blocks += blocks[k * count : (k + 1) * count]
-        n = len(group.rows)
-        for k in range(max(0, steps - 2), steps):
-            shape = BatchShape(decode_rows=n, decode_context=group.context + n * k, sampled_rows=n)
-            record = InFlight(first + k, group, group.snapshot(), [], shape, MakeUp(shape))
-            record.step = group.steps + k + 1
-            self.in_flight.popleft()
-            self.in_flight.append(record)
+            if count == 1:
+                for seq, block in zip(rows.values(), blocks, strict=True):
+                    seq.blocks.append(block)
+            else:
+                for k, seq in enumerate(rows.values()):
+                    seq.blocks += blocks[k * count : (k + 1) * count]
         self._next_batch += steps
         self._completed += steps
+        group.advance(self._next_batch - 1, steps)
+
+    def land(self) -> int:
+        """After `skip`: the two steps issued last are in flight. The number of the first of them."""
+        group = self.groups[0]
+        rows, n = group.snapshot(), len(group.rows)
+        self.in_flight.clear()
+        for back in (2, 1):
+            shape = BatchShape(decode_rows=n, decode_context=group.context - n * back, sampled_rows=n)
+            record = InFlight(self._next_batch - back, group, rows, [], shape, MakeUp(shape))
+            record.step = group.steps - back + 1
+            self.in_flight.append(record)
         self.late_rows = 0
-        group.advance(first + steps - 1, steps)
-        return first
+        return self._next_batch - 2
 
     def batch_done(self, result: BatchResult) -> list[Answer]:
         """Account for the oldest batch in flight: new tokens, ends, freed blocks."""

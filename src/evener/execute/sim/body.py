@@ -176,7 +176,7 @@ class Simulator:
     def catch_up(self) -> None:
         """Bring the brain's state up to `now`, where steps were skipped."""
         for pipeline in self._pipelines:
-            self._touch(pipeline.index, False)
+            self._touch(pipeline.index, True)
 
     # ---- events -----------------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ who waits could be admitted). It is bounded by the first true end too, which is 
 all its steps follow from the cost model at once.
 
 Whoever reads the replica in between makes the brain catch up with the results that it would have seen by then
-(`catch_up`), and the run goes on; whoever changes it ends the run (`stop`). The last two steps are always in flight as
-ordinary batches, so that ordinary stepping can go on from any point.
+(`catch_up`), and the run goes on; whoever changes it ends the run (`stop`): the last two steps are then in flight as
+ordinary batches, and ordinary stepping goes on.
 
 The ledger is told of the steps between as one span with `repeat`.
 """
@@ -112,7 +112,8 @@ class Runs:
         group = engine.groups[0]
         known = pipeline.rows.groups[group.group_id]
         if known.ends:
-            steps = min(steps, known.ends[0][0] - known.steps)
+            # The step that ends a row may be issued, and one more: only its result must be seen.
+            steps = min(steps, known.ends[0][0] - known.steps + 2)
             if steps < LEAST:
                 return False
         times = pipeline.costs.decode_run(index, 0, len(group.rows), group.context, steps)
@@ -121,7 +122,11 @@ class Runs:
 
     def stop(self, index: int) -> None:
         """The replica goes on step by step from where it is."""
-        self._runs[index] = None
+        run = self._runs[index]
+        if run is not None:
+            self._runs[index] = None
+            if run.at:
+                self._land(index, run)
 
     def finish(self, index: int) -> int:
         """The end of a run has come, if there is one: catch up with all of it. How many results were skipped."""
@@ -131,11 +136,14 @@ class Runs:
         left = len(run.ends) - run.at
         if left:
             self._go(index, run, left)
-        self._runs[index] = None
+        self.stop(index)
         return left
 
     def catch_up(self, index: int, at: int, is_result: bool, number: int) -> int:
-        """Consume the results that come before an event at `at`: before all else, or the result of replica `number`."""
+        """Consume the results that come before an event at `at`: before all else, or the result of replica `number`.
+
+        The engine's batches in flight and the ledger are brought up to date by `stop` only.
+        """
         run = self._runs[index]
         assert run is not None
         cut = bisect_right if is_result and index < number else bisect_left
@@ -146,34 +154,41 @@ class Runs:
 
     def _go(self, index: int, run: _Run, count: int) -> None:
         """The brain sees `count` results and issues as many steps."""
+        engine = self._brain.replicas[index]
+        engine.skip(count)
+        run.at += count
+
+    def _land(self, index: int, run: _Run) -> None:
+        """What `run.at` results and issues leave behind: the ledger told, and the last two steps in flight."""
         pipeline = self._pipelines[index]
         engine = self._brain.replicas[index]
-        flights, begin = pipeline.in_flight, run.at
-        first_id = engine.skip(count)
+        flights = pipeline.in_flight
+        ahead = engine.land()
+        first_id = ahead + 2 - run.at
         if self._ledger is not None:
-            self._tell(self._ledger, index, run, flights[0], flights[1], first_id, count)
-        for step in range(max(begin, begin + count - 2), begin + count):
-            spans = self._spans(index, run, step, 1, first_id + step - begin) if self._ledger is not None else []
-            result = BatchResult(first_id + step - begin, run.epoch, None, [])
+            self._tell(self._ledger, index, run, flights[0], flights[1], first_id)
+        group = pipeline.rows.groups[engine.groups[0].group_id]
+        last = max(0, run.at - 2)
+        group.steps += last
+        for step in range(last, run.at):
+            spans = self._spans(index, run, step, 1, first_id + step) if self._ledger is not None else []
+            ended: list[tuple[int, int]] = []
+            pipeline.rows.step(group, ended)
+            result = BatchResult(first_id + step, run.epoch, None, ended)
             end = run.ends[step]
             flights.popleft()
-            flights.append(Flight(end, end + run.host_ns, result, True, spans))
-        run.at += count
-        group = pipeline.rows.groups[engine.groups[0].group_id]
-        group.steps += count
+            flights.append(Flight(end, end + run.host_ns, result, not ended, spans))
         group.ready = pipeline.free[0] = run.ends[run.at - 1]
 
-    def _tell(
-        self, ledger: "SpanLedger", index: int, run: _Run, one: Flight, two: Flight, first_id: int, count: int
-    ) -> None:
-        """Issues, spans and results in the order in which stepping tells them."""
-        at, dones = run.at, run.dones
+    def _tell(self, ledger: "SpanLedger", index: int, run: _Run, one: Flight, two: Flight, first_id: int) -> None:
+        """Issues, spans and results of the steps 0 .. at - 1, in the order in which stepping tells them."""
+        count, dones = run.at, run.dones
 
         def issued(step: int, repeat: int = 1) -> None:
             # The context in the middle of the steps, for what the ledger counts by shape.
             keys = run.context + run.rows * step + run.rows * (repeat - 1) // 2
             shape = BatchShape(decode_rows=run.rows, decode_context=keys, sampled_rows=run.rows)
-            ledger.issued(index, first_id + step - at, Nanoseconds(dones[step]), MakeUp(shape))
+            ledger.issued(index, first_id + step, Nanoseconds(dones[step]), MakeUp(shape))
 
         def done(flight: Flight, when: int) -> None:
             for span in flight.spans:
@@ -181,17 +196,17 @@ class Runs:
             ledger.done(index, flight.result.batch_id, Nanoseconds(when), 0)
 
         between = count - 2
-        done(one, dones[at])
-        issued(at, max(1, between))
+        done(one, dones[0])
+        issued(0, max(1, between))
         if count == 1:
             return
-        done(two, dones[at + 1])
+        done(two, dones[1])
         if between:
-            for span in self._spans(index, run, at, between, first_id):
+            for span in self._spans(index, run, 0, between, first_id):
                 ledger.span(span)
-            issued(at + between)
-            ledger.done(index, first_id, Nanoseconds(dones[at + count - 1]), 0)
-        issued(at + count - 1)
+            issued(between)
+            ledger.done(index, first_id, Nanoseconds(dones[count - 1]), 0)
+        issued(count - 1)
 
     def _spans(self, index: int, run: _Run, first: int, count: int, batch_id: int) -> list[Span]:
         """What each shard of the stage does in steps first .. first + count - 1."""

@@ -30,7 +30,7 @@ class Flight:
         """When the brain hears of it."""
         self.result = result
         self.plain = plain
-        """Decode rows only, nobody comes, goes or ends: the next one may be its repetition."""
+        """Decode rows only, of which none ends: what the brain learns from it depends on nothing that is known here."""
         self.spans = spans
 
 
@@ -88,7 +88,7 @@ class Pipeline:
             group.ready = end
         for chunk in batch.chunks:
             self.rows.slots[chunk.slot].ready = end
-        plain = batch.step and not (batch.chunks or batch.join or batch.leave or ended or batch.new or batch.pad_tokens)
+        plain = batch.step and not (batch.chunks or ended or batch.pad_tokens)
         result = BatchResult(batch.batch_id, batch.epoch, None, ended)
         self.in_flight.append(Flight(end, end + self.host_ns, result, plain, spans))
 

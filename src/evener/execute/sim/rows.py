@@ -71,7 +71,7 @@ class Rows:
                 needs = max(needs, self._join(group, slot))
             if batch.step:
                 needs = max(needs, group.ready)
-                self._step(group, ended)
+                self.step(group, ended)
         for chunk in batch.chunks:
             if chunk.sample:
                 row = slots[chunk.slot]
@@ -89,7 +89,8 @@ class Rows:
         heapq.heappush(group.ends, (group.steps + max(0, row.ends_after - row.sampled), slot))
         return row.ready
 
-    def _step(self, group: Group, ended: list[tuple[int, int]]) -> None:
+    def step(self, group: Group, ended: list[tuple[int, int]]) -> None:
+        """All rows of a group sample a token; those whose end it is are appended to `ended`."""
         while group.ends and group.ends[0][0] <= group.steps:
             _, slot = heapq.heappop(group.ends)
             found = group.slots.get(slot)
