@@ -22,6 +22,8 @@ class Inbox:
         self._device = device
         self._spans = spans
         self._sent = time.monotonic_ns()
+        self._idle = True
+        """No span follows on another here: the next one begins when its command is here."""
 
     def next(self) -> ToWorker:
         """Wait for the next command."""
@@ -35,7 +37,10 @@ class Inbox:
             if not self._socket.poll(_IDLE_MS):
                 self.send_spans()
             data = self._socket.recv()
+            self._idle = True
+        if self._idle:
             self._spans.woken()
+            self._idle = False
         return self._decoded(data)
 
     @staticmethod
