@@ -104,8 +104,11 @@ def test_kv_says_how_much_more() -> None:
         teller.state(100 * k + 100, short=True)
     found = findings(teller, Hints(kv_bytes_per_token=1024))["kv_starved"]
     assert found.where == "replica 0" and found.share == pytest.approx(9 / 19, rel=0.01)
-    assert "3000 tokens of them on average" in found.evidence
-    assert "--kv-cache-memory: room for 3000 more tokens (2.9 MiB over the replica's devices)" in found.remedy
+    assert "1 requests of 3000 tokens wait for KV blocks 100% of the time" in found.evidence
+    assert (
+        "--kv-cache-memory: room for 3000 more tokens and their answers (2.9 MiB and more, over the replica's devices)"
+        in found.remedy
+    )
 
 
 def test_requests_that_wait_for_kv_while_batches_run_are_told_too() -> None:
@@ -119,11 +122,29 @@ def test_requests_that_wait_for_kv_while_batches_run_are_told_too() -> None:
     assert found.lost_s == 0 and "50% of the time" in found.evidence
 
 
-def test_recomputed_tokens_are_a_matter_of_kv() -> None:
+def test_recomputed_tokens_are_a_matter_of_kv_where_blocks_are_short() -> None:
     teller = Teller(plan_of((30, 1)))
-    steady(teller, {(0, 0): {}}, made_of=MakeUp(BatchShape(prefill_tokens=40, chunks=1), 10))
+    again = MakeUp(BatchShape(prefill_tokens=40, chunks=1), 10)
+    steady(teller, {(0, 0): {}}, made_of=again)
+    moved = findings(teller)["recompute"]
+    assert "requests came from another replica" in moved.evidence and "nothing" in moved.remedy
+    teller.state(1000, short=True)
+    for k in range(50, 100):
+        teller.batch(20 * k, {(0, 0): (20 * k, 20 * k + 20, {})}, made_of=again)
+    teller.ledger.settle(Nanoseconds(2000 * MS))
     found = findings(teller)["recompute"]
-    assert "0.2 s go into tokens computed a second time" in found.evidence and "--kv-cache-memory" in found.remedy
+    assert "0.5 s go into tokens computed a second time" in found.evidence and "--kv-cache-memory" in found.remedy
+
+
+def test_kv_for_no_more_requests_than_slots() -> None:
+    teller = Teller(plan_of((30, 1)))
+    for k in range(10):
+        teller.ledger.request(f"r{k}", 0, Nanoseconds(0), Milestone.ARRIVED, 100)
+    teller.state(0, short=True)
+    for k in range(10):
+        teller.batch(20 * k, {(0, 0): (20 * k, 20 * k + 20, {})})
+    teller.ledger.settle(Nanoseconds(200 * MS))
+    assert "room for 400 more tokens" in findings(teller, Hints(max_num_seqs=12))["kv_starved"].remedy
 
 
 def test_an_idle_replica_beside_a_queue() -> None:

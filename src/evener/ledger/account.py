@@ -101,6 +101,8 @@ class ReplicaAccount(Use, frozen=True, kw_only=True):
     """Seconds in which a request waited for KV blocks, batches running or not."""
     short_of_kv_tokens: int
     """Known tokens of the requests that waited meanwhile, on average: more room for so many would have let them in."""
+    short_of_kv_requests: float
+    """How many these were, on average."""
     mean_decode_rows: float
     """Rows of a decode step, on average."""
     prefill_tokens: int
@@ -200,11 +202,12 @@ def _stage(replica: int, stage: int, layers: int, books: Sequence[DeviceBook], c
 
 def _replica(book: ReplicaBook, counters: Sequence[int], began: int, ended: int) -> ReplicaAccount:
     short = book.short
-    short_ns, token_us = short.between(min(began, short.until), min(ended, short.until))
+    short_ns, token_us, request_us = short.between(min(began, short.until), min(ended, short.until))
     steps = counters[DECODE_STEPS]
     return ReplicaAccount(
         devices=tuple(b.device for b in book.devices), short_of_kv_s=short_ns / NS_PER_S,
         short_of_kv_tokens=token_us * 1000 // short_ns if short_ns else 0,
+        short_of_kv_requests=request_us * 1000 / short_ns if short_ns else 0.0,
         mean_decode_rows=counters[DECODE_ROWS] / steps if steps else 0.0,
         prefill_tokens=counters[PREFILL_TOKENS] // len(book.devices), down=book.why_down,
         **_use(book.devices, counters),

@@ -59,8 +59,8 @@ class ReplicaBook:
         self.late_spans = 0
         """Spans that came when the replica was down already; their time counts as `down`."""
         self.why_down: str | None = "loading"
-        self.short = Series(start, 0, 2, every, keep)
-        """Nanoseconds in which a request waited for blocks, and waiting tokens x microseconds in these."""
+        self.short = Series(start, 0, 3, every, keep)
+        """Nanoseconds in which a request waited for blocks; in these, waiting tokens and requests x microseconds."""
         self.records: dict[int, BatchRecord] = {}
         """Batches issued and not accounted for by every device, in order of issue."""
         self._costs = costs
@@ -69,7 +69,7 @@ class ReplicaBook:
         self._states = History(start, _DOWN)
         self._told = _NOBODY
         self._is_short = False
-        self._waiting_tokens = 0
+        self._waiting_tokens = self._waiting_requests = 0
         self._last: BatchRecord | None = None
         self._newest = -1
         self._last_stage = len(stages) - 1
@@ -125,15 +125,17 @@ class ReplicaBook:
         self.records.clear()
         self._last = None
         self._count_short(now)
-        self._is_short, self._waiting_tokens = False, 0
+        self._is_short = False
+        self._waiting_tokens = self._waiting_requests = 0
         self.why_down, self._told = reason, _NOBODY
         self._states.change(now, _DOWN)
 
     def waits(self, now: Nanoseconds, tokens: int) -> None:
-        """So many more (or fewer) tokens wait for KV blocks."""
+        """A request with so many tokens begins to wait; fewer than 0: it does not wait any more."""
         if self._is_short:
             self._count_short(now)
         self._waiting_tokens = max(0, self._waiting_tokens + tokens)
+        self._waiting_requests = max(0, self._waiting_requests + (1 if tokens > 0 else -1))
 
     # ---- spans ------------------------------------------------------------------------------------------------
 
@@ -325,6 +327,7 @@ class ReplicaBook:
         if self._is_short:
             series.totals[0] += now - series.until
             series.totals[1] += self._waiting_tokens * ((now - series.until) // 1000)
+            series.totals[2] += self._waiting_requests * ((now - series.until) // 1000)
         series.until = now
         if now >= series.mark:
             series.checkpoint()

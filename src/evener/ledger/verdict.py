@@ -5,21 +5,21 @@ Every rule needs positive evidence and a loss above `THRESHOLD` of the time in w
 
 from msgspec import Struct
 
-from evener.ledger import rules
+from evener.ledger import rules, rules_peers
 from evener.ledger.account import Account
-from evener.ledger.rules import THRESHOLD, Finding, Hints
+from evener.ledger.finding import ROOM, THRESHOLD, Finding, Hints, asked, idle_share
 
 __all__ = ["THRESHOLD", "Finding", "Hints", "Verdict", "verdict"]
 
 _RULES = (
     rules.down,
-    rules.straggler,
-    rules.bubble,
+    rules_peers.straggler,
+    rules_peers.bubble,
     rules.kv,
     rules.imbalance,
     rules.contended,
     rules.host,
-    rules.transfer,
+    rules_peers.transfer,
     rules.computed_in_vain,
     rules.held,
     rules.migration,
@@ -52,16 +52,16 @@ def _bound(account: Account) -> str:
     total = account.total
     if not total.wall_ns:
         return "Nothing is recorded yet."
-    running = [r for r in account.replicas.values() if rules.asked(r) > 0]
+    running = [r for r in account.replicas.values() if asked(r) > 0]
     if not running:
         return f"Nothing was asked for in {account.window_s:.0f} s."
-    useful = sum(r.useful * r.wall_s for r in running) / sum(rules.asked(r) for r in running)
+    useful = sum(r.useful * r.wall_s for r in running) / sum(asked(r) for r in running)
     text = f"While there was work, devices computed usefully for {useful:.0%} of it"
     if total.achieved_over_peak is not None:
         text += f", at {total.achieved_over_peak:.0%} of their peak"
     # The busiest replica fills up first.
-    idle = min(rules.idle_share(r) for r in running)
-    if idle >= rules.ROOM:
+    idle = min(idle_share(r) for r in running)
+    if idle >= ROOM:
         return f"{text}. There is room for at least {1 / (1 - idle):.1f} times the traffic."
     what = "faster devices or more replicas" if useful > 0.8 else "what is listed above"
     return f"{text}. The busiest replica idles {idle:.0%}: for more throughput, {what}."
