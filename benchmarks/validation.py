@@ -29,7 +29,7 @@ from scipy import optimize
 from common import SHARED, markdown, save
 from evener.cost.tables import KERNELS_PER_LAYER, MissingTerms
 from evener.errors import InvalidInput
-from validation_cases import Case, Prediction, case_of, costs_of, predict
+from validation_cases import Case, Prediction, case_of, costs_by, predict
 
 ALIKE = {"vllm 0.19.0": "vllm 0.12.0"}
 """Engines of which a single run was measured -> the engine whose host time they are given."""
@@ -106,7 +106,7 @@ def with_host(by_tables: Sequence[Result]) -> tuple[list[Result], list[list[obje
             [engine, len(told_by), len(results), terms.launch_ns / 1e3, terms.host_ns / 1e6, terms.row_ns / 1e3]
         )
         for r in results:
-            out.append(r._replace(how=HOWS[2], got=predict(r.case, costs_of(r.case, "tables", terms))))
+            out.append(r._replace(how=HOWS[2], got=predict(r.case, costs_by(r.case, "tables", terms))))
 
     for engine, results in engines.items():
         if engine in ALIKE and ALIKE[engine] in engines:
@@ -137,7 +137,7 @@ def main() -> None:
             continue
         for how in HOWS[:2]:
             try:
-                results.append(Result(case, how, predict(case, costs_of(case, how, MissingTerms())), truth_of(row)))
+                results.append(Result(case, how, predict(case, costs_by(case, how)), truth_of(row)))
             except InvalidInput as error:
                 left_out[f"{how}: {error.message.partition(';')[0]}"] += 1
         print(row["id"], file=sys.stderr, flush=True)

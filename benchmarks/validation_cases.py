@@ -18,13 +18,11 @@ from msgspec import structs
 from common import SHARED
 from evener.brain import Brain, BrainConfig
 from evener.cost.base import BatchShape, CostModel
-from evener.cost.published import cluster_profile
-from evener.cost.roofline import RooflineCostModel
-from evener.cost.tables import MissingTerms, TablesCostModel
+from evener.cost.tables import MissingTerms
 from evener.engine.request import Request
 from evener.execute.sim.body import Outcome, SimRequest, Simulator
 from evener.plan.default import equal_plan
-from evener.profile.aiconfigurator import tables_of
+from evener.profile.costs import costs_of
 from evener.spec.cluster import Cluster
 from evener.spec.cluster_text import cluster_from_mapping
 from evener.spec.memory import MemoryConfig, kv_blocks
@@ -80,19 +78,13 @@ def case_of(row: dict[str, str]) -> Case | str:
     return Case(row, model, cluster, dtype, KV.get(dtype, dtype))
 
 
-def costs_of(case: Case, how: str, terms: MissingTerms) -> CostModel:
+def costs_by(case: Case, how: str, terms: MissingTerms | None = None) -> CostModel:
     """`tables` or `peaks`. Raises InvalidInput where nothing was measured."""
     plan = equal_plan(case.model, list(case.cluster.devices), len(case.cluster.devices), 1, 1)
-    if how == "tables":
-        engine = "trtllm" if case.row["backend"].startswith("trtllm") else "vllm"
-        tables = {d.name: tables_of(d, engine) for d in case.cluster.devices}
-        return TablesCostModel(
-            case.model, plan, case.cluster, tables, dtype=case.dtype, kv_dtype=case.kv_dtype, terms=terms
-        )
-    return RooflineCostModel(
-        case.model, plan, cluster_profile(case.cluster), dtype=case.dtype, kv_dtype=case.kv_dtype,
-        links=case.cluster.links,
-    )  # fmt: skip
+    engine = "trtllm" if case.row["backend"].startswith("trtllm") else "vllm"
+    return costs_of(
+        case.model, plan, case.cluster, how, dtype=case.dtype, kv_dtype=case.kv_dtype, engine=engine, terms=terms
+    )
 
 
 def static(case: Case, costs: CostModel) -> Prediction:
