@@ -29,11 +29,12 @@ from evener.engine.events import (
 from evener.engine.policy import make_policy
 from evener.engine.replica import ReplicaConfig, ReplicaEngine
 from evener.engine.request import Request
-from evener.engine.sequence import Sequence, State
+from evener.engine.sequence import Sequence
 from evener.ledger.spans import HoldKind, Journal, Milestone
+from evener.router.candidates import CLOSELY, Candidates
 from evener.router.choose import Router, make_router
 from evener.router.lengths import LengthEstimator
-from evener.router.load import load_of
+from evener.router.load import load_of, rows_of
 from evener.spec.plan import Plan
 from evener.units import NS_PER_S, Nanoseconds
 
@@ -95,6 +96,21 @@ class Brain:
         """Replica -> why it is down."""
         self._closed: str | None = None
         self._live: dict[str, tuple[int, Sequence]] = {}
+        self._alive: list[ReplicaEngine] = []
+        self._alive_without = -1
+        """How many were down when `_alive` was made."""
+        self._most_room = self._least_room = 0
+        """KV blocks of a living replica."""
+        self._waiting = [0] * len(self.replicas)
+        """Requests that wait, by replica."""
+        self._all_waiting = 0
+        self._crowded: set[int] = set()
+        """Replicas at which somebody waits."""
+        self._idle = set(range(len(self.replicas)))
+        """Replicas without a request."""
+        self._lessons = [0] * len(self.replicas)
+        """By replica: steps at which the length estimator may hear of its rows again."""
+        self._candidates = Candidates(self.replicas, costs) if len(self.replicas) > CLOSELY else None
         self._order = 0
         self._timers: dict[int, int] = {}
         """Timer id -> replica."""
@@ -153,12 +169,12 @@ class Brain:
         if self._closed is not None:
             out.append(Refuse(request.request_id, "unavailable", self._closed))
             return
-        alive = [r for r in self.replicas if r.index not in self.down]
+        alive = self._living()
         if not alive:
             out.append(Refuse(request.request_id, "worker_lost", self.no_replica_reason()))
             return
         need = -(-(request.prompt_len + request.max_tokens) // self.config.block_tokens)
-        room = max(r.config.kv_blocks for r in alive)
+        room = self._most_room
         if need > room:
             tokens = room * self.config.block_tokens
             out.append(
@@ -170,7 +186,7 @@ class Brain:
                 )
             )
             return
-        waiting = sum(r.waiting_rows() for r in alive)
+        waiting = self._all_waiting
         if waiting >= self.config.max_queue and not any(r.takes_at_once() for r in alive):
             retry = max(1.0, min(self._seconds_of_queue(r) for r in alive))
             out.append(
@@ -184,34 +200,80 @@ class Brain:
             return
         self._order += 1
         seq = Sequence(request, self._order, now)
-        replica = self._route(seq, [r for r in alive if r.config.kv_blocks >= need])
+        replica = self._route(seq, need, alive)
         self._live[request.request_id] = (replica.index, seq)
         self._change(replica.index)
         replica.add(seq)
+        self._note(replica)
         self._milestone(request.request_id, replica.index, now, Milestone.ARRIVED, request.prompt_len)
         self._pump(replica.index, now, out)
 
-    def _route(self, seq: Sequence, among: list[ReplicaEngine]) -> ReplicaEngine:
+    def _route(self, seq: Sequence, need: int, alive: list[ReplicaEngine]) -> ReplicaEngine:
+        """Where a sequence that needs so many KV blocks is queued; there must be a living replica that has them."""
+        home = None
+        among = alive
+        if self._candidates is not None and self.router.predicts:
+            home = next(iter(seq.whole_keys(self.config.block_tokens, seq.target - 1)), None)
+            closest = [r for r in self._candidates.best(home) if r.index not in self.down]
+            among = [r for r in closest if r.config.kv_blocks >= need] or alive
+        if need > self._least_room and among is alive:
+            among = [r for r in alive if r.config.kv_blocks >= need]
         if len(among) == 1:
             return among[0]
-        if self.touch is not None:
+        if self.router.predicts:
             for replica in among:
-                self.touch(replica.index, False)
-        self._learn_from_running(among)
-        loads = [load_of(r, seq, self.lengths) for r in among]
+                if self.touch is not None:
+                    self.touch(replica.index, False)
+                self._learn_from_running(replica)
+            loads = [load_of(r, seq, self.lengths) for r in among]
+        else:
+            loads = [rows_of(r) for r in among]
         done = seq.target - seq.request.prompt_len
         left = self.lengths.expected_remaining(done, max(done, seq.request.max_tokens))
-        return self.replicas[self.router.choose(seq.target, left, loads, self.costs)]
+        chosen = self.replicas[self.router.choose(seq.target, left, loads, self.costs)]
+        if self._candidates is not None and home is not None:
+            self._candidates.served(home, chosen.index)
+        return chosen
 
-    def _learn_from_running(self, replicas: list[ReplicaEngine]) -> None:
+    def _living(self) -> list[ReplicaEngine]:
+        if self._alive_without != len(self.down):
+            self._alive_without = len(self.down)
+            self._alive = [r for r in self.replicas if r.index not in self.down]
+            rooms = [r.config.kv_blocks for r in self._alive]
+            self._most_room, self._least_room = max(rooms, default=0), min(rooms, default=0)
+        return self._alive
+
+    def _note(self, replica: ReplicaEngine) -> None:
+        """Keep what is asked of all replicas at every event: who waits, who is idle, who has least to do."""
+        index, waiting = replica.index, replica.waiting.rows
+        before = self._waiting[index]
+        if waiting != before:
+            self._waiting[index] = waiting
+            self._all_waiting += waiting - before
+            if not waiting:
+                self._crowded.discard(index)
+            elif not before:
+                self._crowded.add(index)
+        if waiting or replica.running_rows():
+            self._idle.discard(index)
+        elif index not in self.down:
+            self._idle.add(index)
+        if self._candidates is not None and index not in self.down:
+            self._candidates.note(replica)
+
+    def _learn_from_running(self, replica: ReplicaEngine) -> None:
         """Tell the length estimator how far running requests have come (censored), a few tokens at a time.
 
         Two tokens may be in flight and not yet known to have followed; the simulator knows no more either.
         """
-        for replica in replicas:
-            for seq in replica.active.values():
+        steps = sum([g.steps for g in replica.groups])
+        if steps < self._lessons[replica.index]:
+            return
+        self._lessons[replica.index] = steps + _TELL_EVERY // 4
+        for group in replica.groups:
+            for seq in group.rows.values():
                 known = seq.output_length - 2
-                if seq.state is State.DECODE and known >= seq.told + _TELL_EVERY:
+                if known >= seq.told + _TELL_EVERY:
                     self.lengths.advance(seq.told, known)
                     seq.told = known
 
@@ -254,19 +316,23 @@ class Brain:
         self._change(index)
         if self.journal is not None:
             self.journal.down(index, now, self.down[index])
-        for seq in self.replicas[index].abandon():
+        if self._candidates is not None:
+            self._candidates.lost(index)
+        left = self.replicas[index].abandon()
+        self._note(self.replicas[index])
+        for seq in left:
             request = seq.request
             need = -(-(request.prompt_len + request.max_tokens) // self.config.block_tokens)
-            fits = [r for r in self.replicas if r.index not in self.down and r.config.kv_blocks >= need]
-            if not fits:
+            if not self._living() or self._most_room < need:
                 self._ended(request.request_id, now)
                 self._live.pop(request.request_id)
                 out.append(Refuse(request.request_id, "worker_lost", self.no_replica_reason(index)))
                 continue
             # What was emitted is forced on replay, never sampled again: the client sees no seam.
-            target = self._route(seq, fits)
+            target = self._route(seq, need, self._living())
             self._change(target.index)
             target.requeue(seq)
+            self._note(target)
             self._live[request.request_id] = (target.index, seq)
             self._milestone(request.request_id, target.index, now, Milestone.MOVED, seq.emitted)
         for replica in self.replicas:
@@ -278,6 +344,7 @@ class Brain:
         for request_id, (index, seq) in list(self._live.items()):
             self._change(index)
             self.replicas[index].end(seq)
+            self._note(self.replicas[index])
             self._ended(request_id, now)
             out.append(Refuse(request_id, "unavailable", event.reason))
         self._live.clear()
@@ -306,24 +373,26 @@ class Brain:
                 self._timers[self._next_timer] = index
                 out.append(SetTimer(self._next_timer, issued.until))
             break
+        self._note(replica)
         if self.journal is not None:
             self._tell_state(self.journal, replica, now)
 
     def _balance(self, now: Nanoseconds) -> list[int]:
         """Move requests that wait at one replica to others that would start them at once."""
-        moved = []
-        if self.router.moves_waiting:
-            alive = [r for r in self.replicas if r.index not in self.down]
-            for idle in alive:
-                if idle.waiting_rows() or idle.running_rows():
+        moved: list[int] = []
+        if self.router.moves_waiting and self._crowded and self._idle:
+            for index in sorted(self._idle):
+                idle = self.replicas[index]
+                crowded = [self.replicas[k] for k in self._crowded]
+                if index in self.down or not crowded:
                     continue
-                source = max(alive, key=lambda r: (r.waiting_rows(), -r.index))
-                if source.waiting_rows() == 0 or source is idle:
-                    continue
+                source = max(crowded, key=lambda r: (r.waiting_rows(), -r.index))
                 self._change(source.index)
                 seq = source.take_waiting(idle.config.kv_blocks * idle.config.block_tokens)
                 if seq is not None:
                     idle.add(seq)
+                    self._note(source)
+                    self._note(idle)
                     self._live[seq.request.request_id] = (idle.index, seq)
                     self._milestone(seq.request.request_id, idle.index, now, Milestone.MOVED, seq.emitted)
                     moved.append(idle.index)
@@ -361,7 +430,7 @@ class Brain:
             journal.state(index, now, *state)
 
     def _tell_waiting(self, journal: Journal, now: Nanoseconds) -> None:
-        anybody = any(r.waiting_rows() for r in self.replicas if r.index not in self.down)
+        anybody = self._all_waiting > 0
         if anybody != self._anybody_waits:
             self._anybody_waits = anybody
             journal.waiting(now, anybody)

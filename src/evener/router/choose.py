@@ -56,6 +56,8 @@ class Router(Protocol):
 
     moves_waiting: bool
     """Whether idle replicas may take over requests that wait elsewhere."""
+    predicts: bool
+    """Whether it looks at more than the numbers of requests; else loads need say no more."""
 
     def choose(self, prompt_len: int, output_tokens: float, loads: Sequence[ReplicaLoad], costs: CostModel) -> int:
         """The `replica` that takes a request of `prompt_len` tokens and (expected) `output_tokens`.
@@ -69,6 +71,7 @@ class RoundRobin:
     """The next living replica in turn. A baseline."""
 
     moves_waiting = False
+    predicts = False
 
     def __init__(self) -> None:
         self._last = -1
@@ -84,6 +87,7 @@ class LeastRequests:
     """The living replica with the fewest requests, the lowest number on ties. A baseline."""
 
     moves_waiting = False
+    predicts = False
 
     def choose(self, prompt_len: int, output_tokens: float, loads: Sequence[ReplicaLoad], costs: CostModel) -> int:
         """See `Router.choose`; counts requests."""
@@ -97,6 +101,7 @@ class LeastWork:
     """
 
     moves_waiting = True
+    predicts = True
 
     def choose(self, prompt_len: int, output_tokens: float, loads: Sequence[ReplicaLoad], costs: CostModel) -> int:
         """See `Router.choose`; four predictions of the cost model per replica."""

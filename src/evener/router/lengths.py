@@ -18,6 +18,9 @@ PRIOR_MEAN = 256
 """Expected output tokens before anything was seen."""
 _SHRINK = 1.0
 """Requests that the memoryless hypothesis counts for in every bucket."""
+_LAG = 16
+"""What was learned is used once it is more than a 16th of all, or 64 lessons: between, a query is two look-ups."""
+_MOST_LAG = 64
 _LEAST = -700.0
 """Least log of a probability: one that exp does not round to 0."""
 
@@ -46,7 +49,7 @@ class LengthState(Struct, frozen=True):
 class LengthEstimator:
     """Expected remaining output tokens, given the tokens so far and the cap. Deterministic; no clock.
 
-    Updates cost O(buckets). A query costs a binary search, and O(buckets) once after updates.
+    An update costs O(buckets that it passes). A query costs two look-ups, and O(buckets) once after some updates.
     """
 
     def __init__(self, state: LengthState | None = None, memory: float = 4096.0) -> None:
@@ -56,7 +59,14 @@ class LengthEstimator:
         self._survived = list(state.survived)
         self._tokens = state.tokens
         self._keep = 1.0 - 1.0 / memory
-        self._stale = True
+        self._weight = 1.0
+        """Of a new observation: it grows, which lets the older ones fade. All sums are in this unit."""
+        self._lessons = -1
+        """Since the tables below were made; -1: they never were."""
+        self._known: dict[int, tuple[float, float]] = {}
+        """Tokens -> (expected further ones without a cap, log P(so many))."""
+        self._patience = 0.0
+        """Lessons that the tables may be behind."""
         self._log_stay: list[float] = []
         """Per bucket, and beyond the last: log P(one more token)."""
         self._remaining: list[float] = []
@@ -65,7 +75,8 @@ class LengthEstimator:
 
     def state(self) -> LengthState:
         """What was learned so far."""
-        return LengthState(tuple(self._ends), tuple(self._survived), self._tokens)
+        w = self._weight
+        return LengthState(tuple(x / w for x in self._ends), tuple(x / w for x in self._survived), self._tokens / w)
 
     def observe(self, length: int, censored: bool) -> None:
         """A request left after `length` output tokens; `censored`: it would have gone on (cap, cancelled, failed)."""
@@ -78,42 +89,64 @@ class LengthEstimator:
 
         Called as requests run (and then `end` instead of `observe`), it learns from those still running too.
         """
-        self._stale = True
-        self._tokens += max(0, stop - start)
+        self._learned()
+        self._tokens += max(0, stop - start) * self._weight
         k = bisect_right(EDGES, start) - 1
         while start < stop and k < len(_WIDTHS):
             upto = min(stop, EDGES[k + 1])
-            self._survived[k] += (upto - start) / _WIDTHS[k]
+            self._survived[k] += (upto - start) / _WIDTHS[k] * self._weight
             start, k = upto, k + 1
 
     def end(self, length: int) -> None:
         """A request that was followed up to `length` output tokens ended by itself; older ones fade a little."""
-        self._stale = True
+        self._learned()
         k = min(bisect_right(EDGES, length), len(_WIDTHS)) - 1
         part = min(1.0, (length - EDGES[k]) / _WIDTHS[k])
         # It was at risk once in this bucket, as an end and not also as a part that survived.
-        self._survived[k] = max(0.0, self._survived[k] - part)
-        self._ends[k] += 1.0
-        self._ends = [x * self._keep for x in self._ends]
-        self._survived = [x * self._keep for x in self._survived]
-        self._tokens *= self._keep
+        self._survived[k] = max(0.0, self._survived[k] - part * self._weight)
+        self._ends[k] += self._weight
+        self._weight /= self._keep
+        if self._weight > 1e100:
+            state = self.state()
+            self._ends, self._survived, self._tokens = list(state.ends), list(state.survived), state.tokens
+            self._weight = 1.0
 
     def expected_remaining(self, so_far: int, cap: int) -> float:
         """Expected further output tokens of a request that has `so_far` and may have `cap`; in [0, cap - so_far]."""
         if so_far >= cap:
             return 0.0
-        if self._stale:
-            self._refresh()
+        known = self._known
+        at, end = known.get(so_far), known.get(cap)
+        if at is None:
+            at = known[so_far] = self._look_up(so_far)
+        if end is None:
+            end = known[cap] = self._look_up(cap)
         # E[min(L, cap) - n] = E[L - n] - P(reach cap) E[L - cap | reached cap]
-        log_reach = self._log_survival_at(cap) - self._log_survival_at(so_far)
-        left = self._remaining_at(so_far) - exp(min(0.0, log_reach)) * self._remaining_at(cap)
+        log_reach = end[1] - at[1]
+        left = at[0] - (exp(log_reach) if log_reach < 0.0 else 1.0) * end[0]
         return min(max(left, 0.0), float(cap - so_far))
 
+    def _learned(self) -> None:
+        """The tables are behind by one lesson more; drop them when that is too much."""
+        if self._lessons >= 0:
+            self._lessons += 1
+            if self._lessons >= self._patience:
+                self._lessons = -1
+                self._known.clear()
+
+    def _look_up(self, n: int) -> tuple[float, float]:
+        if self._lessons < 0:
+            self._refresh()
+        return self._remaining_at(n), self._log_survival_at(n)
+
     def _refresh(self) -> None:
-        ends = sum(self._ends)
-        pooled = log1p(-(1.0 + ends) / (1.0 + ends + PRIOR_MEAN + self._tokens))
+        state = self.state()
+        ends = sum(state.ends)
+        pooled = log1p(-(1.0 + ends) / (1.0 + ends + PRIOR_MEAN + state.tokens))
+        self._lessons = 0
+        self._patience = min(_MOST_LAG, ends / _LAG)
         self._log_stay = []
-        for end, survived, width in zip(self._ends, self._survived, _WIDTHS, strict=True):
+        for end, survived, width in zip(state.ends, state.survived, _WIDTHS, strict=True):
             # The share that survives the bucket, spread over its tokens.
             passes = (survived + _SHRINK * exp(width * pooled)) / (end + survived + _SHRINK)
             self._log_stay.append(max(log(passes), _LEAST) / width if passes > 0 else _LEAST / width)
@@ -125,7 +158,6 @@ class LengthEstimator:
         for stay, width in zip(reversed(self._log_stay[:-1]), reversed(_WIDTHS), strict=True):
             self._remaining.append(_onward(stay, width, self._remaining[-1]))
         self._remaining.reverse()
-        self._stale = False
 
     def _remaining_at(self, n: int) -> float:
         """Expected further tokens without a cap."""

@@ -1,39 +1,54 @@
 """What one replica looks like to the router, for one request."""
 
 from evener.engine.replica import ReplicaEngine
-from evener.engine.sequence import Sequence, State
+from evener.engine.sequence import Sequence
 from evener.router.choose import ReplicaLoad
 from evener.router.lengths import LengthEstimator
+
+
+def rows_of(replica: ReplicaEngine) -> ReplicaLoad:
+    """How many requests are there: all that a rule needs which does not predict."""
+    return ReplicaLoad(
+        replica.index, True, replica.waiting_rows(), replica.running_rows(), max_rows=replica.config.max_num_seqs
+    )
 
 
 def load_of(replica: ReplicaEngine, seq: Sequence, lengths: LengthEstimator) -> ReplicaLoad:
     """Work left at `replica`, and what `seq` would find cached there. O(running rows)."""
     config = replica.config
-    pairs = replica.waiting.pairs
-    context = replica.waiting.tokens
+    queue = replica.waiting
+    pairs, context, prefill, waiting = queue.pairs, queue.tokens, queue.tokens, queue.rows
     decode = 0.0
-    waiting = replica.waiting_rows()
     if waiting:
-        decode = waiting * lengths.expected_remaining(0, max(1, replica.waiting.caps // waiting))
-    prefill = replica.waiting.tokens
-    running = 0
-    for row in replica.active.values():
-        if row.state not in (State.PREFILL, State.DECODE):
-            continue
-        running += 1
+        decode = waiting * lengths.expected_remaining(0, max(1, queue.caps // waiting))
+    expected = lengths.expected_remaining
+    for row in replica.prefilling():
         left = row.left
         prefill += left
         pairs += left * row.computed + left * (left + 1) // 2
-        length = row.current_length()
-        context += length
+        context += row.length
         cap = row.request.max_tokens
-        decode += lengths.expected_remaining(min(cap, max(0, length - row.request.prompt_len)), cap)
+        decode += expected(min(cap, max(0, row.length - row.request.prompt_len)), cap)
+    # Rows whose last token is in flight hold a slot, and ask for nothing more.
+    for group in replica.groups:
+        context += group.context
+        steps = group.steps
+        for row in group.rows.values():
+            request = row.request
+            cap = request.max_tokens
+            decode += expected(min(cap, row.join_length + steps - row.join_step - request.prompt_len), cap)
+        for row in group.pending:
+            context += row.length
+            cap = row.request.max_tokens
+            decode += expected(min(cap, row.length - row.request.prompt_len), cap)
     size = config.block_tokens
-    hits = replica.pool.find(seq.whole_keys(size, seq.target - 1))
+    hits: list[int] = []
+    if seq.request.sampling.prompt_logprobs is None:  # else every position is computed
+        hits = replica.pool.find(seq.whole_keys(size, seq.target - 1))
     return ReplicaLoad(
         replica=replica.index,
         waiting_rows=waiting,
-        running_rows=running,
+        running_rows=replica.running_rows(),
         prefill_tokens_left=prefill,
         prefill_pairs_left=pairs,
         decode_tokens_left=decode,
