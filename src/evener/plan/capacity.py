@@ -63,7 +63,8 @@ def replica_capacity(problem: Problem, times: StageTimes, blocks: int, delay_ns:
     by_kv = int(blocks * problem.memory.block_tokens / demand.kv_tokens())
     rows = max(1, min(problem.max_num_seqs, by_kv))
     probe = times(BatchShape(decode_rows=8, decode_context=8 * 512, sampled_rows=8))
-    groups = group_count(len(probe), sum(probe) + delay_ns, max(probe))
+    # A group without a row does not step.
+    groups = min(rows, group_count(len(probe), sum(probe) + delay_ns, max(probe)))
     chunk = default_chunk(lambda shape: max(times(shape)), problem.most_batch_tokens)
     row_limit = rows / groups
     prompt_limit = chunk * demand.output_tokens / max(1.0, demand.computed)

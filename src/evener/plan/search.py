@@ -8,17 +8,15 @@ from msgspec import Struct
 from evener.cost.rates import hardware
 from evener.errors import InvalidPlan
 from evener.plan.capacity import Load, plan_load, plan_times, replica_capacity
-from evener.plan.default import equal_plan
 from evener.plan.few import MOST_DEVICES, plans_of_few
 from evener.plan.many import plans_of_many
 from evener.plan.pipeline import Candidate
 from evener.plan.problem import Problem
+from evener.plan.shortage import shortage
 from evener.plan.stages import Stages
 from evener.spec.cluster import Device
 from evener.spec.memory import block_bytes, kv_blocks, weight_bytes, workspace_bytes
-from evener.spec.model import DTYPE_BYTES
-from evener.spec.plan import Plan, Replica, Stage, validate
-from evener.units import human_bytes
+from evener.spec.plan import Plan, Replica, validate
 
 SHORTLIST = 24
 """Plans scored exactly, for each of two orders of merit."""
@@ -135,59 +133,3 @@ def _shape(replica: Replica) -> str:
     parts = [f"tp{sizes[0]}"] if sizes[0] > 1 else []
     parts += [f"pp{len(sizes)}"] if len(sizes) > 1 else []
     return "-".join(parts)
-
-
-def shortage(problem: Problem) -> str:
-    """Why no plan fits: what one replica needs at least, what the devices hold together, and the difference."""
-    model, memory = problem.model, problem.memory
-    (whole,) = equal_plan(model, problem.cluster.devices[:1], 1, 1, 1).replicas[0].stages
-    shard = whole.shards[0]
-    stage = Stage((0, model.layers), whole.shards)
-    weights = weight_bytes(shard, stage, model, memory.dtype)
-    kv = block_bytes(shard, stage, model, memory) * problem.least_blocks()
-    declared = [d.memory for d in problem.cluster.devices if d.memory is not None]
-    have = sum(declared)
-    work = workspace_bytes(shard, model, memory)
-    if len(declared) < len(problem.cluster.devices):
-        return (
-            f"no plan fits: the KV of the longest request ({problem.demand.longest} tokens) needs {human_bytes(kv)}, a "
-            f"device has {human_bytes(problem.kv_bytes or 0)} for KV; give more KV memory, or shorten the requests"
-        )
-    need = weights + kv
-    lack = max(need + work - max(declared, default=0) if len(declared) == 1 else need - have, 0)
-    what = (
-        f"weights {human_bytes(weights)}, KV of the longest request ({problem.demand.longest} tokens) "
-        f"{human_bytes(kv)}, activations of up to {human_bytes(work)} per device"
-    )
-    if lack:
-        return (
-            f"the model does not fit: one replica needs {what}; the {len(declared)} devices declare "
-            f"{human_bytes(have)}: {lack} bytes short; add devices or memory, or use a smaller dtype"
-        )
-    smallest = min(declared)
-    return (
-        f"the model does not fit: one replica needs {what}; the {len(declared)} devices declare {human_bytes(have)} "
-        f"together (the smallest {human_bytes(smallest)}), but no split leaves every one of them its part with "
-        f"workspace: {_nearest(problem)}; add memory or devices, or use a smaller dtype"
-    )
-
-
-def _nearest(problem: Problem) -> str:
-    """The shortage of the pipeline over all devices, in bytes: layers in proportion to what each can hold."""
-    stages = Stages(problem, problem.cluster.devices)
-    names = [d.name for d in problem.cluster.devices]
-    held, slack = 0, 0
-    for k, name in enumerate(names):
-        option = stages.option((name,), first=k == 0, last=k == len(names) - 1)
-        if option is not None:
-            held += option.most_layers(problem.least_blocks())
-            slack = max(slack, *(layer + problem.least_blocks() * block for _, layer, block in option.rooms))
-    missing = max(1, problem.model.layers - held)
-    per_layer = slack or weight_bytes_of_layer(problem)
-    return f"they hold {held} of {problem.model.layers} layers, {missing * per_layer} bytes short"
-
-
-def weight_bytes_of_layer(problem: Problem) -> int:
-    """Bytes of one layer's weights and of the KV of the longest request in it."""
-    kv = problem.model.kv_bytes_per_token(problem.memory.kv_dtype) // problem.model.layers
-    return problem.model.layer_params() * DTYPE_BYTES[problem.memory.dtype] + kv * problem.demand.longest

@@ -6,6 +6,7 @@ layer and two give both. Groups of equal devices are interchangeable, so each ki
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from msgspec import structs
 
@@ -21,8 +22,40 @@ from evener.spec.memory import block_bytes, weight_bytes, workspace_bytes
 from evener.spec.plan import Plan, Replica, Shard, Stage, head_unit, split_by_weight
 from evener.units import NS_PER_S, Bytes
 
+UNBOUNDED = 1 << 60
 Group = tuple[str, ...]
 """Names of the devices of one stage."""
+
+
+class Room(NamedTuple):
+    """What one shard has room for."""
+
+    both: int | None
+    """Bytes for layers and KV together, where the device declares its memory."""
+    kv: int | None
+    """Bytes for KV alone, where that is bounded."""
+    layer: int
+    """Bytes of one layer's weights."""
+    block: int
+    """Bytes of one KV block in one layer."""
+
+    def most_layers(self, blocks: int) -> int:
+        """Layers that leave room for so many KV blocks."""
+        most = UNBOUNDED
+        if self.both is not None and self.layer + blocks * self.block:
+            most = max(0, self.both // (self.layer + blocks * self.block))
+        if self.kv is not None and blocks * self.block:
+            most = min(most, self.kv // (blocks * self.block))
+        return most
+
+    def blocks(self, layers: int) -> int:
+        """KV blocks beside so many layers, 0 when the layers do not fit; a shard without KV heads holds any number."""
+        left = UNBOUNDED if self.both is None else self.both - layers * self.layer
+        if left < 0:
+            return 0
+        if self.kv is not None:
+            left = min(left, self.kv)
+        return left // (layers * self.block) if self.block else UNBOUNDED
 
 
 @dataclass
@@ -33,8 +66,8 @@ class StageOption:
     costs: CostModel
     at: int
     """Index of the stage within the two trial replicas."""
-    rooms: tuple[tuple[int, int, int], ...]
-    """Per shard: bytes for layers and KV, bytes per layer, bytes per layer and KV block."""
+    rooms: tuple["Room", ...]
+    """Per shard."""
     delay_ns: int = 0
     """Of the slowest link to the next stage."""
     _known: dict[BatchShape, tuple[int, int]] = field(default_factory=dict)
@@ -49,19 +82,11 @@ class StageOption:
 
     def most_layers(self, blocks: int) -> int:
         """Layers that leave room for so many KV blocks on every shard; 0 when not even one does."""
-        return min(max(0, room // (layer + blocks * block)) if layer + blocks * block else 1 << 30
-                   for room, layer, block in self.rooms)  # fmt: skip
+        return min(room.most_layers(blocks) for room in self.rooms)
 
     def blocks(self, layers: int) -> int:
         """KV blocks that fit beside so many layers: the fewest over the shards; a shard without KV heads holds any."""
-        fewest = 1 << 60
-        for room, layer, block in self.rooms:
-            left = room - layers * layer
-            if left < 0:
-                return 0
-            if block:
-                fewest = min(fewest, left // (layers * block))
-        return fewest
+        return min(room.blocks(layers) for room in self.rooms)
 
 
 class Stages:
@@ -118,12 +143,12 @@ class Stages:
             return None
         rooms = self._rooms(by_speed)
         shards = by_speed
-        if min(room // max(1, layer + block) for room, layer, block in rooms) < 1:
+        if min(room.most_layers(1) for room in rooms) < 1:
             by_memory = self._split_by_memory(group, first, last)
             if by_memory is None:
                 return None
             shards, rooms = by_memory, self._rooms(by_memory)
-            if min(room // max(1, layer + block) for room, layer, block in rooms) < 1:
+            if min(room.most_layers(1) for room in rooms) < 1:
                 return None
         replicas = []
         before = [Stage((0, 1), shards)] if not first and len(group) > 1 else []
@@ -140,22 +165,17 @@ class Stages:
         rest = tuple(Shard(n, (0, 0), (0, 0)) for n in names[1:])
         return Stage((0, 1), (Shard(names[0], (0, model.heads), (0, model.ffn), (0, 0), (0, model.vocab)), *rest))
 
-    def _rooms(self, shards: tuple[Shard, ...]) -> tuple[tuple[int, int, int], ...]:
+    def _rooms(self, shards: tuple[Shard, ...]) -> tuple[Room, ...]:
         problem, model, memory = self.problem, self.problem.model, self.problem.memory
-        rooms: list[tuple[int, int, int]] = []
+        rooms = []
         for shard in shards:
             none, one = Stage((0, 0), shards), Stage((0, 1), shards)
             outside = weight_bytes(shard, none, model, memory.dtype)
             layer = weight_bytes(shard, one, model, memory.dtype) - outside
             block = block_bytes(shard, one, model, memory)
             declared = self.devices[shard.device].memory
-            if declared is not None:
-                room = declared - outside - workspace_bytes(shard, model, memory)
-                # A declared memory holds weights and KV; --kv-cache-memory bounds the KV besides.
-                rooms.append((room, layer, block))
-            else:
-                kv = problem.kv_bytes
-                rooms.append((1 << 60, 0, 0) if kv is None else (kv, 0, block))
+            both = None if declared is None else declared - outside - workspace_bytes(shard, model, memory)
+            rooms.append(Room(both, problem.kv_bytes, layer, block))
         return tuple(rooms)
 
     def _split_by_memory(self, group: Group, first: bool, last: bool) -> tuple[Shard, ...] | None:

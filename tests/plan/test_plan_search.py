@@ -1,0 +1,171 @@
+"""The search: as good as trying everything, within memory, never harmed by a better device, the same every time."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.plan.problems import TINY, Situation, best_of_all, make_problem, random_situation, with_slowdown
+
+from evener.errors import InvalidPlan
+from evener.plan.few import ordered_groups
+from evener.plan.more import only, with_more
+from evener.plan.pipeline import deal_layers
+from evener.plan.problem import Problem
+from evener.plan.search import Scored, describe_shape, score, search
+from evener.spec.memory import kv_blocks
+from evener.spec.plan import validate
+
+seeds = st.integers(0, 100_000)
+few = settings(max_examples=15, deadline=None)
+
+
+def best(problem: Problem) -> Scored | None:
+    try:
+        return search(problem)[0]
+    except InvalidPlan:
+        return None
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_as_good_as_trying_everything(seed: int) -> None:
+    problem = make_problem(random_situation(random.Random(seed), 4))
+    found, everything = best(problem), best_of_all(problem)
+    assert (found.load.requests_s if found else 0.0) >= everything * (1 - 1e-9)
+
+
+@few
+@given(seeds, st.integers(2, 7))
+def test_every_plan_is_valid_and_within_memory(seed: int, devices: int) -> None:
+    problem = make_problem(random_situation(random.Random(seed), devices))
+    try:
+        found = search(problem)
+    except InvalidPlan:
+        return
+    for s in found:
+        validate(s.plan, problem.model, problem.cluster)
+        for replica, capacity in zip(s.plan.replicas, s.load.replicas, strict=True):
+            blocks = kv_blocks(replica, problem.model, problem.cluster, problem.memory, problem.kv_bytes)
+            assert problem.least_blocks() <= capacity.blocks <= blocks
+        assert s.load == score(problem, s.plan).load
+
+
+@few
+@given(seeds)
+def test_a_device_more_or_a_faster_one_never_harms(seed: int) -> None:
+    rng = random.Random(seed)
+    problem = make_problem(random_situation(rng, 4))
+    names = [d.name for d in problem.cluster.devices]
+    now = best(problem)
+    fewer = best(only(problem, names[:-1]))
+    if fewer is not None:
+        assert now is not None and now.load.requests_s >= fewer.load.requests_s * (1 - 1e-9)
+    index = rng.randrange(len(names))
+    device = problem.cluster.devices[index]
+    if now is not None and device.slowdown > 1:
+        faster = best(with_slowdown(problem, index, 1 + (device.slowdown - 1) / 2))
+        # Whole heads and layers move in steps: a part that suited the old speed exactly may not suit the new one.
+        assert faster is not None and faster.load.requests_s >= now.load.requests_s * 0.99
+
+
+@few
+@given(seeds)
+def test_the_same_problem_gives_the_same_plans(seed: int) -> None:
+    situation = random_situation(random.Random(seed), 5)
+    one, two = best(make_problem(situation)), best(make_problem(situation))
+    assert one == two
+
+
+def test_what_fits_no_device_alone_is_served_over_several() -> None:
+    small = Situation((1.0, 1.0, 1.0), (1_500_000,) * 3, 64, 32, 4)
+    with pytest.raises(InvalidPlan, match="bytes short"):
+        search(only(make_problem(small), ["cpu:0"]))
+    found = search(make_problem(small))[0]
+    assert all(len(r.devices()) > 1 for r in found.plan.replicas)
+
+
+def test_what_cannot_fit_is_refused_with_the_shortage() -> None:
+    problem = make_problem(Situation((1.0, 1.0), (300_000, 300_000), 64, 32, 4))
+    with pytest.raises(
+        InvalidPlan, match=r"needs weights .* devices declare .*: (\d+) bytes short; add memory"
+    ) as caught:
+        search(problem)
+    short = int(str(caught.value).split(": ")[-1].split(" bytes")[0])
+    assert short > 0
+
+
+def test_kv_that_cannot_hold_one_request_is_refused() -> None:
+    problem = make_problem(Situation((1.0,), (None,), 900, 124, 4))
+    with pytest.raises(InvalidPlan, match="the KV of the longest request"):
+        search(problem)
+
+
+def test_a_device_that_only_slows_the_others_is_left_out() -> None:
+    problem = make_problem(Situation((1.0, 1.0, 500.0), (2_000_000,) * 3, 8, 32, 16))
+    found = search(problem)[0]
+    assert "cpu:2" not in found.plan.devices()
+
+
+def test_little_kv_room_moves_layers() -> None:
+    """With room for few rows beside equal layers, layers go where the memory is: it is the rows that pay."""
+    tight = make_problem(Situation((1.0, 1.0), (1_300_000, 2_200_000), 64, 200, 16))
+    (replica,) = search(tight)[0].plan.replicas
+    if len(replica.stages) == 2:
+        sizes = {st.shards[0].device: st.layers[1] - st.layers[0] for st in replica.stages}
+        assert sizes["cpu:1"] > sizes["cpu:0"]
+    else:
+        assert replica.devices() == ("cpu:1",) or len(replica.stages[0].shards) == 2
+
+
+@few
+@given(
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50), st.integers(1, 9)), min_size=1, max_size=4),
+)
+def test_no_deal_of_layers_is_quicker(total: int, stages: list[tuple[int, int, int]]) -> None:
+    fixed, per, most = zip(*stages, strict=True)
+    got = deal_layers(total, fixed, per, most)
+
+    def every(left: int, k: int) -> list[tuple[int, ...]]:
+        if k == len(most):
+            return [()] if left == 0 else []
+        return [(n, *rest) for n in range(1, min(most[k], left) + 1) for rest in every(left - n, k + 1)]
+
+    choices = every(total, 0)
+    assert (got is None) == (not choices)
+    if got is not None:
+
+        def slowest(layers: tuple[int, ...]) -> int:
+            return max(f + n * p for f, n, p in zip(fixed, layers, per, strict=True))
+
+        assert tuple(got) in choices and slowest(tuple(got)) == min(map(slowest, choices))
+
+
+def test_numbers_of_ordered_partitions() -> None:
+    assert [sum(1 for _ in ordered_groups("abcde"[:n])) for n in range(1, 6)] == [1, 3, 13, 75, 541]
+
+
+def test_many_devices_use_every_kind() -> None:
+    """Twelve devices of three kinds: as good as the few-device search on the fastest five, and better for the rest."""
+    problem = make_problem(Situation((1.0,) * 4 + (2.0,) * 4 + (4.0,) * 4, (2_000_000,) * 12, 64, 32, 16))
+    found = search(problem)[0]
+    five = search(only(problem, [f"cpu:{k}" for k in range(5)]))[0]
+    assert found.load.requests_s > 1.5 * five.load.requests_s
+    assert len(found.plan.devices()) >= 10
+    again = search(problem)[0]
+    assert again == found
+
+
+def test_more_devices_like_one_keep_its_figures() -> None:
+    problem = make_problem(Situation((1.0, 2.0), (None, None), 64, 32, 4))
+    larger = with_more(problem, {"cpu:1": 2})
+    added = larger.cluster.devices[2:]
+    assert [d.slowdown for d in added] == [2.0, 2.0] and len({d.name for d in larger.cluster.devices}) == 4
+    assert search(larger)[0].load.requests_s >= search(problem)[0].load.requests_s
+
+
+def test_names_say_the_shape() -> None:
+    problem = make_problem(Situation((1.0,) * 4, (None,) * 4, 64, 32, 4))
+    shapes = {describe_shape(s.plan.replicas) for s in search(problem)}
+    assert "dp4" in shapes
+    assert TINY.layers == 6
