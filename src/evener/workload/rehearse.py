@@ -24,7 +24,7 @@ from evener.workload.traffic import check_vocabulary
 
 _PATIENCE = 40
 """Twentieths of a second to wait for the last spans."""
-_NONE = Summary(None, None, None, None)
+NO_SUMMARY = Summary(None, None, None, None)
 
 
 class Rehearsal(Struct, frozen=True, kw_only=True):
@@ -50,7 +50,7 @@ def simulate(prepared: Prepared, requests: Sequence[TimedRequest], slo: Slo | No
     for request, record, outcome in zip(timed, run.records, outcomes, strict=True):
         fill_record(record, outcome, request.input_tokens)
     run.duration_s = max((r.ended_s for r in run.records), default=0.0)
-    report = structs.replace(make_report(run, slo), itl_ms=_NONE, tokens_per_chunk=None)
+    report = structs.replace(make_report(run, slo), itl_ms=NO_SUMMARY, tokens_per_chunk=None)
     return Rehearsal(live=False, report=report, account=ledger.account(start, ns(run.duration_s)))
 
 
