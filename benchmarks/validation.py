@@ -29,7 +29,8 @@ from scipy import optimize
 from common import SHARED, markdown, save
 from evener.cost.tables import KERNELS_PER_LAYER, MissingTerms
 from evener.errors import InvalidInput
-from validation_cases import Case, Prediction, case_of, costs_by, predict
+from evener.units import NS_PER_S
+from validation_cases import Case, Prediction, case_of, costs_by, predict, prompts
 
 ALIKE = {"vllm 0.19.0": "vllm 0.12.0"}
 """Engines of which a single run was measured -> the engine whose host time they are given."""
@@ -67,8 +68,8 @@ def engine_of(case: Case) -> str:
 
 
 def host_terms(results: Sequence[Result]) -> MissingTerms:
-    """The host time that explains the decode steps of these rows: per batch and per row in flight; and per kernel,
-    where even one row in flight takes more than twice what the device needs (no graphs)."""
+    """The host time that explains the decode steps of these rows: per batch and per row in flight. Where rows were
+    measured one at a time (engines without graphs, whose host starts every kernel): per kernel instead."""
     terms = MissingTerms()
     rows = np.array([float(r.case.row["concurrency"]) for r in results])
     took = np.array([r.truth.tpot for r in results]) * 1e9
@@ -78,10 +79,23 @@ def host_terms(results: Sequence[Result]) -> MissingTerms:
     if alone.any():
         terms = structs.replace(terms, launch_ns=float(np.median((took / kernels)[alone])))
         device = np.maximum(device, kernels * terms.launch_ns)
+        # What large prompts take beyond that is laid to the bytes of their all-reduces.
+        large = [r for r in results if int(r.case.row["isl"]) * float(r.case.row["concurrency"]) >= LARGE_PROMPT]
+        over = median((r.truth.ttft - r.got.ttft) / moving_s(r.case) for r in large)
+        terms = structs.replace(terms, moving_factor=1.0 + max(0.0, over))
     # Least squares of the relative error of the step.
     ones = np.zeros(len(rows)) if alone.any() else np.ones(len(rows))
     per_batch, per_row = optimize.nnls(np.stack([ones, rows], axis=1) / took[:, None], (took - device) / took)[0]
     return structs.replace(terms, host_ns=terms.host_ns + round(per_batch), row_ns=terms.row_ns + float(per_row))
+
+
+LARGE_PROMPT = 2048
+"""Tokens at once from which on sizes count, not starts."""
+
+
+def moving_s(case: Case) -> float:
+    """Seconds of the first batch in which data moves."""
+    return costs_by(case, "tables").shards_ns(0, 0, prompts(case))[0].transfer / NS_PER_S
 
 
 def parts(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
@@ -103,7 +117,15 @@ def with_host(by_tables: Sequence[Result]) -> tuple[list[Result], list[list[obje
     def again(results: Sequence[Result], told_by: Sequence[Result], engine: str) -> None:
         terms = host_terms(told_by)
         found.append(
-            [engine, len(told_by), len(results), terms.launch_ns / 1e3, terms.host_ns / 1e6, terms.row_ns / 1e3]
+            [
+                engine,
+                len(told_by),
+                len(results),
+                terms.launch_ns / 1e3,
+                terms.moving_factor,
+                terms.host_ns / 1e6,
+                terms.row_ns / 1e3,
+            ]
         )
         for r in results:
             out.append(r._replace(how=HOWS[2], got=predict(r.case, costs_by(r.case, "tables", terms))))
@@ -155,7 +177,11 @@ def main() -> None:
          for key, offs in sorted(by_key.items(), key=lambda x: (*x[0][:2], HOWS.index(x[0][2])))],
     ))  # fmt: skip
     print("\nHost time as found on other rows of the same engine:\n")
-    print(markdown(["engine", "found on", "shown for", "us per kernel", "ms per batch", "us per row"], found))
+    print(
+        markdown(
+            ["engine", "found on", "shown for", "us per kernel", "x all-reduce", "ms per batch", "us per row"], found
+        )
+    )
     print("\nEvery row, predicted / measured:\n")
     headers = ["source", "model", "GPU", "plan", "workload", "by", "TTFT ms", "TPOT ms", "output tok/s"]
     print(markdown(headers, [shown(r) for r in sorted(results, key=lambda r: (r.case.row["id"], HOWS.index(r.how)))]))

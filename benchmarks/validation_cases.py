@@ -87,11 +87,17 @@ def costs_by(case: Case, how: str, terms: MissingTerms | None = None) -> CostMod
     )
 
 
+def prompts(case: Case) -> BatchShape:
+    """All prompts at once."""
+    batch, prompt = int(case.row["concurrency"]), int(case.row["isl"])
+    pairs = batch * prompt * (prompt + 1) // 2
+    return BatchShape(batch * prompt, pairs, sampled_rows=batch, chunks=batch)
+
+
 def static(case: Case, costs: CostModel) -> Prediction:
     """A batch that starts and ends together."""
     batch, prompt, output = (int(case.row[k]) for k in ("concurrency", "isl", "osl"))
-    pairs = batch * prompt * (prompt + 1) // 2
-    first = costs.stage_ns(0, 0, BatchShape(batch * prompt, pairs, sampled_rows=batch, chunks=batch)) / NS_PER_S
+    first = costs.stage_ns(0, 0, prompts(case)) / NS_PER_S
     context = batch * (prompt + output // 2)
     step = BatchShape(decode_rows=batch, decode_context=context, sampled_rows=batch)
     tpot = costs.stage_ns(0, 0, step) / NS_PER_S

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from evener.cost.base import BatchShape
 from evener.cost.rates import Collective
@@ -82,6 +83,15 @@ def test_two_devices_share_a_layer_and_meet_twice() -> None:
     assert costs(2).stage_ns(0, 0, shape) == pytest.approx(expected, rel=1e-3)
 
 
+def test_slower_all_reduces_multiply_what_size_costs() -> None:
+    shape = BatchShape(prefill_tokens=256, prefill_pairs=256 * 257 // 2, chunks=1)
+    line = (Collective("measured", 2, ((1024, 1000.0), (1 << 30, 1000.0 + (1 << 30) - 1024))),)
+    usual = costs(2, collectives=line).stage_ns(0, 0, shape)
+    slow = costs(2, structs.replace(BARE, moving_factor=3.0), collectives=line).stage_ns(0, 0, shape)
+    nbytes = 256 * 1024 * 2 - 1024
+    assert slow - usual == pytest.approx(9 * 2 * nbytes, rel=0.01)
+
+
 @given(n=st.integers(64, 9000), k=st.integers(64, 9000), rows=st.integers(1, 9000))
 def test_gemm_times_between_and_past_the_points(n: int, k: int, rows: int) -> None:
     got = float(grid().ns(np.array([rows]), n, k)[0])
@@ -100,6 +110,12 @@ def test_a_host_that_starts_every_kernel_bounds_a_layer() -> None:
     shape = BatchShape(decode_rows=1, decode_context=10)
     assert costs(terms=slow).stage_ns(0, 0, shape) == pytest.approx(4 * KERNELS_PER_LAYER * 50_000, rel=0.01)
     large = BatchShape(prefill_tokens=4096, prefill_pairs=4096 * 4097 // 2, chunks=1)
+    for model in (costs(terms=slow), costs(2, terms=slow)):
+        assert all(sum(t) == model.stage_ns(0, 0, shape) for t in model.shards_ns(0, 0, shape))
+        assert model.batch_ns(0, shape) == model.latency_ns(0, shape) == model.stage_ns(0, 0, shape)
+        run = model.decode_run(0, 0, 1, 10, 3)
+        steps = [BatchShape(decode_rows=1, decode_context=10 + k, sampled_rows=1) for k in range(3)]
+        assert [run.host + b for b in run.busy] == [model.stage_ns(0, 0, s) for s in steps]
     quick = MissingTerms(host_ns=0, launch_ns=1_000.0)
     assert costs(terms=quick).stage_ns(0, 0, large) == costs(terms=MissingTerms(host_ns=0)).stage_ns(0, 0, large)
 

@@ -16,13 +16,15 @@ import numpy as np
 from msgspec import Struct, structs
 from numpy.typing import NDArray
 
+from evener.cost.base import BatchShape, DecodeRun, ShardTime, stepwise_run
 from evener.cost.published import published_collectives, published_rates
 from evener.cost.rates import Collective, DeviceProfile, Floats, Profile, bind, hardware
 from evener.cost.roofline import DeviceCosts, RooflineCostModel
 from evener.errors import InvalidInput
 from evener.spec.cluster import Cluster
 from evener.spec.model import ModelSpec
-from evener.spec.plan import Plan
+from evener.spec.plan import Plan, size
+from evener.units import Nanoseconds
 
 
 class MissingTerms(Struct, frozen=True):
@@ -31,8 +33,11 @@ class MissingTerms(Struct, frozen=True):
     host_ns: int = 300_000
     """Control time per batch that the device waits for."""
     launch_ns: float = 0.0
-    """Host time to start one kernel where no graph has recorded them: the device cannot be faster than the host
-    starts `KERNELS_PER_LAYER` of them."""
+    """Host time to start one kernel where no graph has recorded them: while one batch's kernels are started the device
+    works, so a stage takes what is longer, starting `KERNELS_PER_LAYER` of them in every layer or the device's time."""
+    moving_factor: float = 1.0
+    """How many times as long the bytes of an all-reduce take as measured between idle devices, its fixed part aside: an
+    older library, no direct path, ranks that arrive unevenly."""
     op_ns: float = 2_000.0
     """A norm, rotation or activation on next to no data, once started by a graph."""
     elementwise_share: float = 0.8
@@ -154,11 +159,6 @@ class TableCosts(DeviceCosts):
         out: Floats = np.where(rows > 0, traffic + ops * self._terms.op_ns, 0.0)
         return out
 
-    def _started(self, rows: NDArray[np.int64], time: Floats, kernels: int) -> Floats:
-        """At least what the host takes to start the kernels, and stretched as declared."""
-        out: Floats = np.where(rows > 0, np.maximum(time, kernels * self._terms.launch_ns) * self.stretch, 0.0)
-        return out
-
     def _attention(self, heads: int, kv_heads: int, what: str) -> AttentionFit:
         return nearest(self._attend[what], heads, kv_heads, self.model.head_dim, what)
 
@@ -172,7 +172,8 @@ class TableCosts(DeviceCosts):
         time = self._gemm.ns(rows, wide, hidden) + self._gemm.ns(rows, hidden, heads * dim)
         time = time + np.where(rows > 0, fit.fixed_ns + fit.row_ns * rows, 0.0)
         time = time + self._extra(rows, 4 * hidden + 2 * wide, ATTENTION_EXTRA)
-        return self._started(rows, time, KERNELS_PER_LAYER // 2)
+        out: Floats = time * self.stretch
+        return out
 
     def pair_ns(self, heads: int) -> float:
         """One layer's prefill attention, per (query token, key) pair."""
@@ -191,7 +192,8 @@ class TableCosts(DeviceCosts):
         hidden = self.model.hidden
         time = self._gemm.ns(rows, 2 * columns, hidden) + self._gemm.ns(rows, hidden, columns)
         time = time + self._extra(rows, 4 * hidden + 3 * columns, FFN_EXTRA)
-        return self._started(rows, time, KERNELS_PER_LAYER - KERNELS_PER_LAYER // 2)
+        out: Floats = time * self.stretch
+        return out
 
     def head_rows(self, rows: NDArray[np.int64], vocabulary: int) -> Floats:
         """Logits of the sampled rows, in 16 bits whatever the layers are in, and choosing from them."""
@@ -216,6 +218,12 @@ def _attention(tables: OperatorTables, fits: Sequence[AttentionFit], kv_dtype: s
         have = ", ".join(sorted({f.kv_dtype for f in fits})) or "none"
         raise InvalidInput(f"{tables.system} has no measured attention over K and V in {kv_dtype!r} (measured: {have})")
     return found
+
+
+def _slower(c: Collective, factor: float) -> Collective:
+    """The same all-reduce with all that its size costs multiplied."""
+    fixed = c.points[0][1]
+    return Collective(c.transport, c.ranks, tuple((n, fixed + max(0.0, ns - fixed) * factor) for n, ns in c.points))
 
 
 class TablesCostModel(RooflineCostModel):
@@ -244,6 +252,7 @@ class TablesCostModel(RooflineCostModel):
             )
             entries[hardware(d)] = DeviceProfile(hardware(d), "cuda", rates, rates, hardware=hardware(d))
         collectives = tables[used[0].name].collectives or published_collectives()
+        collectives = tuple(_slower(c, terms.moving_factor) for c in collectives)
         bare = Profile(tuple(entries.values()), collectives, "published", host_ns=terms.host_ns)
         # The link of a host to itself is in the measured all-reduces.
         hosts = {d.host for d in used}
@@ -256,3 +265,38 @@ class TablesCostModel(RooflineCostModel):
             model, plan, bind(bare, used), version, dtype=dtype, kv_dtype=kv_dtype, links=across,
             measured_error=measured_error, costs_of=costs,
         )  # fmt: skip
+        self._started = [
+            [round(KERNELS_PER_LAYER * size(stage.layers) * terms.launch_ns) for stage in replica.stages]
+            for replica in plan.replicas
+        ]
+        """What starting the kernels of a batch takes, by replica and stage."""
+
+    def _waits(self, replica: int, stage: int, shape: BatchShape, device_ns: int) -> int:
+        """How long the device waits for the host to start its kernels."""
+        return max(0, self._started[replica][stage] - device_ns) if shape.tokens else 0
+
+    def stage_ns(self, replica: int, stage: int, shape: BatchShape) -> Nanoseconds:
+        """See CostModel."""
+        device_ns = super().stage_ns(replica, stage, shape)
+        return Nanoseconds(device_ns + self._waits(replica, stage, shape, device_ns))
+
+    def shards_ns(self, replica: int, stage: int, shape: BatchShape) -> Sequence[ShardTime]:
+        """See CostModel. Waiting between kernels is compute: a device in the middle of a batch does nothing else."""
+        waits = self._waits(replica, stage, shape, super().stage_ns(replica, stage, shape))
+        return [t._replace(compute=t.compute + waits) for t in super().shards_ns(replica, stage, shape)]
+
+    def decode_run(self, replica: int, stage: int, rows: int, context: int, steps: int) -> DecodeRun:
+        """See CostModel."""
+        if not self._started[replica][stage]:
+            return super().decode_run(replica, stage, rows, context, steps)
+        return stepwise_run(self, replica, stage, rows, context, steps)
+
+    def batch_ns(self, replica: int, shape: BatchShape) -> Nanoseconds:
+        """See CostModel."""
+        return Nanoseconds(max(self.stage_ns(replica, s, shape) for s in range(len(self._started[replica]))))
+
+    def latency_ns(self, replica: int, shape: BatchShape) -> Nanoseconds:
+        """See CostModel."""
+        stages = range(len(self._started[replica]))
+        delays = sum(self.delay_ns(replica, s) for s in stages) if shape.tokens else 0
+        return Nanoseconds(sum(self.stage_ns(replica, s, shape) for s in stages) + delays)
