@@ -336,18 +336,36 @@ def _shards_ns(st: _StageTables, shape: BatchShape) -> list[ShardTime]:
     rows = shape.prefill_tokens + shape.decode_rows + shape.pad_tokens
     own = st.own
     if not rows:
-        return [ShardTime(0, whole, 0, 0, 0)] * len(own)
+        return [_shard_time((0, whole, 0, 0, 0))] * len(own)
     sampled = shape.sampled_rows
+    inside = rows <= MAX_ROWS and sampled <= MAX_ROWS
     host = min(st.host_ns, whole)
-    moving = min(_at(st.moving_rows, rows) + _at(st.moving_sampled, sampled), whole - host)
+    moving = (
+        st.moving_rows[rows] + st.moving_sampled[sampled]
+        if inside
+        else _at(st.moving_rows, rows) + _at(st.moving_sampled, sampled)
+    )
     slow = whole - host - moving
+    if slow < 0:
+        moving, slow = moving + slow, 0
+    if len(own) == 1:
+        contended = slow * (own[0].sharers - 1) // own[0].sharers
+        return [_shard_time((host, slow - contended, contended, 0, moving))]
+    pairs, keys, chunks = shape.prefill_pairs, shape.decode_context, shape.chunks
     out = []
-    for one in own:
-        compute = slow
-        if len(own) > 1:
-            attention = _at(one.attention, rows) + one.pair_ns * shape.prefill_pairs + one.key_ns * shape.decode_context
-            rest = _at(one.by_rows, rows) + _at(one.by_sampled, sampled) + shape.chunks * one.chunk_ns
-            compute = min(int(attention) + rest, slow)
-        contended = compute * (one.sharers - 1) // one.sharers
-        out.append(ShardTime(host, compute - contended, contended, slow - compute, moving))
+    for block, pair_ns, key_ns, by_rows, by_sampled, chunk_ns, sharers in own:
+        if inside:
+            compute = int(block[rows] + pair_ns * pairs + key_ns * keys) + by_rows[rows] + by_sampled[sampled]
+        else:
+            compute = int(_at(block, rows) + pair_ns * pairs + key_ns * keys)
+            compute += _at(by_rows, rows) + _at(by_sampled, sampled)
+        compute += chunks * chunk_ns
+        if compute > slow:
+            compute = slow
+        contended = compute * (sharers - 1) // sharers if sharers > 1 else 0
+        out.append(_shard_time((host, compute - contended, contended, slow - compute, moving)))
     return out
+
+
+def _shard_time(parts: tuple[int, int, int, int, int]) -> ShardTime:
+    return tuple.__new__(ShardTime, parts)

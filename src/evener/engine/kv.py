@@ -47,15 +47,15 @@ class BlockPool:
         """Hold `count` blocks, evicting cached ones if need be; None (and no change) if there are too few."""
         if count > self.available:
             return None
-        out = []
-        for _ in range(count):
-            if self._free:
-                block = self._free.pop()
-            else:
-                block, _unused = self._cached.popitem(last=False)
-                self._forget(block)
-            self._refs[block] = 1
+        free, refs = self._free, self._refs
+        out = free[: -count - 1 : -1]
+        del free[len(free) - len(out) :]
+        while len(out) < count:
+            block, _ = self._cached.popitem(last=False)
+            self._forget(block)
             out.append(block)
+        for block in out:
+            refs[block] = 1
         return out
 
     def find(self, keys: Sequence[Key]) -> list[int]:
@@ -82,14 +82,15 @@ class BlockPool:
 
     def release(self, blocks: Sequence[int]) -> None:
         """One holder less. The end of a prefix is evicted before its beginning."""
+        refs, keys, free = self._refs, self._keys, self._free
         for block in reversed(blocks):
-            self._refs[block] -= 1
-            assert self._refs[block] >= 0, f"block {block} released twice"
-            if self._refs[block] == 0:
-                if self._keys[block] is None:
-                    self._free.append(block)
+            left = refs[block] = refs[block] - 1
+            if left == 0:
+                if keys[block] is None:
+                    free.append(block)
                 else:
                     self._cached[block] = None
+            assert left >= 0, f"block {block} released twice"
 
     def publish(self, block: int, key: Key) -> None:
         """Make a held, whole block findable. A second block with the same content stays private."""

@@ -9,7 +9,7 @@ bucket that few requests reached leans on the memoryless hypothesis with the mea
 """
 
 from bisect import bisect_right
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import exp, expm1, log, log1p
 
 from msgspec import Struct
@@ -54,29 +54,35 @@ class LengthEstimator:
 
     def __init__(self, state: LengthState | None = None, memory: float = 4096.0) -> None:
         """`memory`: ends after which an observation has lost most (1 - 1/e) of its weight."""
-        state = state or LengthState()
-        self._ends = list(state.ends)
-        self._survived = list(state.survived)
-        self._tokens = state.tokens
         self._keep = 1.0 - 1.0 / memory
-        self._weight = 1.0
-        """Of a new observation: it grows, which lets the older ones fade. All sums are in this unit."""
+        self._take(state or LengthState())
         self._lessons = -1
         """Since the tables below were made; -1: they never were."""
-        self._known: dict[int, tuple[float, float]] = {}
-        """Tokens -> (expected further ones without a cap, log P(so many))."""
         self._patience = 0.0
         """Lessons that the tables may be behind."""
+        self._known: dict[int, tuple[float, float]] = {}
+        """Tokens -> (expected further ones without a cap, log P(so many))."""
         self._log_stay: list[float] = []
         """Per bucket, and beyond the last: log P(one more token)."""
         self._remaining: list[float] = []
         """Per edge: expected further tokens without a cap."""
         self._log_survival: list[float] = []
 
+    def _take(self, state: LengthState) -> None:
+        self._weight = 1.0
+        """Of a new observation: it grows, which lets the older ones fade. All sums are in this unit."""
+        self._ends = list(state.ends)
+        self._survived = list(state.survived)
+        """Parts of buckets; whole ones are in `_whole`."""
+        self._whole = [0.0] * (len(_WIDTHS) + 1)
+        """How many more survived the whole of this bucket than of the one before."""
+        self._tokens = state.tokens
+
     def state(self) -> LengthState:
         """What was learned so far."""
         w = self._weight
-        return LengthState(tuple(x / w for x in self._ends), tuple(x / w for x in self._survived), self._tokens / w)
+        survived = [max(0.0, (a + b) / w) for a, b in zip(self._survived, accumulate(self._whole), strict=False)]
+        return LengthState(tuple([x / w for x in self._ends]), tuple(survived), self._tokens / w)
 
     def observe(self, length: int, censored: bool) -> None:
         """A request left after `length` output tokens; `censored`: it would have gone on (cap, cancelled, failed)."""
@@ -90,12 +96,23 @@ class LengthEstimator:
         Called as requests run (and then `end` instead of `observe`), it learns from those still running too.
         """
         self._learned()
-        self._tokens += max(0, stop - start) * self._weight
-        k = bisect_right(EDGES, start) - 1
-        while start < stop and k < len(_WIDTHS):
-            upto = min(stop, EDGES[k + 1])
-            self._survived[k] += (upto - start) / _WIDTHS[k] * self._weight
-            start, k = upto, k + 1
+        if start >= stop:
+            return
+        weight = self._weight
+        self._tokens += (stop - start) * weight
+        first = bisect_right(EDGES, start) - 1
+        last = bisect_right(EDGES, stop) - 1
+        buckets = len(_WIDTHS)
+        if first >= buckets:
+            return
+        if first == last:
+            self._survived[first] += (stop - start) / _WIDTHS[first] * weight
+            return
+        self._survived[first] += (EDGES[first + 1] - start) / _WIDTHS[first] * weight
+        self._whole[first + 1] += weight
+        self._whole[min(last, buckets)] -= weight
+        if last < buckets:
+            self._survived[last] += (stop - EDGES[last]) / _WIDTHS[last] * weight
 
     def end(self, length: int) -> None:
         """A request that was followed up to `length` output tokens ended by itself; older ones fade a little."""
@@ -103,13 +120,11 @@ class LengthEstimator:
         k = min(bisect_right(EDGES, length), len(_WIDTHS)) - 1
         part = min(1.0, (length - EDGES[k]) / _WIDTHS[k])
         # It was at risk once in this bucket, as an end and not also as a part that survived.
-        self._survived[k] = max(0.0, self._survived[k] - part * self._weight)
+        self._survived[k] -= part * self._weight
         self._ends[k] += self._weight
         self._weight /= self._keep
         if self._weight > 1e100:
-            state = self.state()
-            self._ends, self._survived, self._tokens = list(state.ends), list(state.survived), state.tokens
-            self._weight = 1.0
+            self._take(self.state())
 
     def expected_remaining(self, so_far: int, cap: int) -> float:
         """Expected further output tokens of a request that has `so_far` and may have `cap`; in [0, cap - so_far]."""
