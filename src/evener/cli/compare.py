@@ -8,7 +8,9 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from evener.api import EngineOptions
 from evener.cli.cases import read_cases
@@ -77,7 +79,7 @@ def _figures(results: list[Compared], traffic: str, slo: str | None) -> dict[str
 
 
 def print_table(results: list[Compared]) -> None:
-    """One column per case."""
+    """One column per case, and what each one's ledger says in words."""
     shown = Table("", *(escape(r.name) for r in results), box=None)
     shown.columns[0].no_wrap = True
     for column in shown.columns[1:]:
@@ -85,4 +87,9 @@ def print_table(results: list[Compared]) -> None:
     for what, cells in table(results):
         style = "bold" if what in ("output tok/s", "useful, %") else ""
         shown.add_row(what, *map(escape, cells), style=style)
-    Console().print(shown)
+    console = Console()
+    console.print(shown)
+    for result in results:
+        console.print(f"\n[bold]{escape(result.name)}[/bold]")
+        for line in result.verdict.text():
+            console.print(Padding(Text(line), (0, 0, 0, 2)))

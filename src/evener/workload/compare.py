@@ -9,6 +9,7 @@ from msgspec import Struct, structs
 from evener.api import EngineOptions, Prepared, describe, prepare
 from evener.errors import InvalidInput
 from evener.ledger.account import Account
+from evener.ledger.verdict import Hints, Verdict, verdict
 from evener.model.source import open_model
 from evener.workload.rehearse import Rehearsal, run_live, simulate
 from evener.workload.report import Report
@@ -40,8 +41,9 @@ class Compared(Struct, frozen=True, kw_only=True):
     router: str
     report: Report
     account: Account
+    verdict: Verdict
     output_tok_s: tuple[float, ...]
-    """Of every round; the report and the account are those of the round with the median throughput."""
+    """Of every round; the report, the account and the verdict are of the round with the median throughput."""
 
 
 def requests_of(arrivals: Arrivals, prompts: Prompts | None = None, seed: int = 0) -> list[TimedRequest]:
@@ -124,4 +126,5 @@ def _compared(case: Case, prepared: Prepared, runs: list[Rehearsal]) -> Compared
         name=case.name, live=typical.live, plan=prepared.plan.name, layout=tuple(describe(prepared.plan)),
         policy=prepared.options.policy, router=prepared.options.router, report=typical.report,
         account=typical.account, output_tok_s=tuple(speeds),
+        verdict=verdict(typical.account, Hints(kv_bytes_per_token=prepared.model.kv_bytes_per_token())),
     )  # fmt: skip
