@@ -210,7 +210,7 @@ class RooflineCostModel:
     ) -> None:  # fmt: skip
         """`costs_of` makes the phases' times of one device, called like DeviceCosts: where they come from elsewhere."""
         self.version = version
-        self.plan = plan
+        self.plan, self.profile = plan, profile
         self._error = measured_error
         self._made_of = (model, profile, dtype, kv_dtype, tuple(links), costs_of)
         alone = len(plan.devices()) == 1

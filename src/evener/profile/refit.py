@@ -25,7 +25,7 @@ from evener.cost.fitted import (
     corrected,
     features,
 )
-from evener.cost.rates import Collective
+from evener.cost.rates import Collective, Floats
 from evener.cost.roofline import RooflineCostModel
 from evener.errors import InvalidInput
 from evener.ledger.spans import MakeUp, Op, Span
@@ -127,14 +127,10 @@ class Refit:
         said = table.sum(axis=1)
         usual = float(np.median(took[~held] / np.maximum(said[~held], 1.0)))
         prior = np.full(TERMS, usual)
-        first = nonnegative_fit(table[~held], took[~held], prior, PULL)
-        off = np.abs(table[~held] @ first.factors - took[~held]) / took[~held]
-        # A page fault or an interrupt is no property of the operation: leave the far outliers, once.
-        kept = off <= max(0.1, 5 * float(np.median(off)))
-        fit = nonnegative_fit(table[~held][kept], took[~held][kept], prior, PULL)
-        error = np.abs(table[held] @ fit.factors - took[held]) / took[held]
+        found = _robust(table[~held], took[~held], prior)
+        error = np.abs(table[held] @ found - took[held]) / took[held]
         base_error = np.abs(said[held] - took[held]) / took[held]
-        return Factors.of(fit.factors), error.tolist(), base_error.tolist()
+        return Factors.of(found), error.tolist(), base_error.tolist()
 
     def _collectives(self) -> tuple[Collective, ...]:
         """A line by size for every number of ranks that moved data often enough."""
@@ -143,7 +139,13 @@ class Refit:
             if len(moves) < LEAST:
                 continue
             each = np.array(moves, dtype=np.float64)
-            line = nonnegative_fit(each[:, :2], each[:, 2]).factors
+            # The base model's line, as many times as long as these moves took: for sizes that never came.
+            sizes = np.array(COLLECTIVE_SIZES, dtype=np.float64)
+            small, large = self.base.profile.collective_ns(ranks, sizes)
+            slope = (large - small) / (sizes[1] - sizes[0])
+            guess = np.maximum([small - slope * sizes[0], slope], [1.0, 1e-6])
+            usual = float(np.median(each[:, 2] / (each[:, :2] @ guess)))
+            line = _robust(each[:, :2], each[:, 2], guess * usual)
             points = tuple((size, float(max(1.0, line[0] + line[1] * size))) for size in COLLECTIVE_SIZES)
             out.append(Collective("fitted", ranks, points))
         return tuple(out)
@@ -156,6 +158,14 @@ class Refit:
         took = np.maximum([h.ns for h in self._hosts], 1).astype(np.float64)
         line = nonnegative_fit(np.stack([np.ones(len(took)), changes], axis=1), took).factors
         return round(float(line[0] + line[1] * np.median(changes)))
+
+
+def _robust(table: Floats, took: Floats, prior: Floats) -> Floats:
+    """Factors from all points but the far outliers: a page fault or an interrupt is no property of the operation."""
+    first = nonnegative_fit(table, took, prior, PULL)
+    off = np.abs(table @ first.factors - took) / took
+    kept = off <= max(0.1, 5 * float(np.median(off)))
+    return nonnegative_fit(table[kept], took[kept], prior, PULL).factors
 
 
 def describe(corrections: Corrections) -> list[str]:
