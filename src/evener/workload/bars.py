@@ -1,6 +1,6 @@
 """Ledgers side by side as a picture: one stacked bar per device, one colour per cause, time to the right."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,16 @@ MOST_BARS = 64
 _FORMATS = (".png", ".svg", ".pdf")
 
 
-def plot_ledgers(ledgers: Sequence[tuple[str, Account]], path: Path, title: str, note: str = "") -> None:
+def plot_ledgers(
+    ledgers: Sequence[tuple[str, Account]],
+    path: Path,
+    title: str,
+    note: str = "",
+    labels: Mapping[str, str] | None = None,
+) -> None:
     """Draw accounts, each under its name, into `path` (.png, .svg or .pdf). `note` stands below in small print.
+
+    `labels`: what to call a device in the picture, where that is not its name.
 
     Raises InvalidInput when matplotlib is not installed, the ending is another, or there are too many devices to read.
     """
@@ -34,7 +42,7 @@ def plot_ledgers(ledgers: Sequence[tuple[str, Account]], path: Path, title: str,
         axes.text(0, y - 0.66, _heading(name, account), va="bottom", ha="left", fontsize=10, fontweight="bold")
         for device, use in account.devices.items():
             _bar(axes, y, use.causes_ns, shown)
-            ticks.append((y, device))
+            ticks.append((y, (labels or {}).get(device, device)))
             y += 1.0
         y += 0.9
     _finish(axes, ticks, y, max(account.window_s for _, account in ledgers))
@@ -43,7 +51,7 @@ def plot_ledgers(ledgers: Sequence[tuple[str, Account]], path: Path, title: str,
     axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.005, 1.0), frameon=False, fontsize=9)
     axes.set_title(title, loc="left", fontsize=12, pad=10)
     if note:
-        figure.text(0.01, 0.005, note, fontsize=7.5, color="#555555", ha="left", va="bottom")
+        figure.text(0.01, -0.03, note, fontsize=7.5, color="#555555", ha="left", va="bottom")
     try:
         figure.savefig(path, dpi=110, bbox_inches="tight")
     except OSError as error:

@@ -1,0 +1,171 @@
+"""Back-test: what the simulator predicts for five plans with a fitted cost model, beside what live runs achieved.
+
+For each plan one calibration run serves requests of a production trace (lengths scaled to the context); the cost model
+is fitted to its spans. Other requests of the trace are then served live, several times: all at once (saturated), and
+with the trace's own arrivals at 70% of the saturated rate. The same arrivals go through the simulator with the fitted
+model. The error is set beside the spread of the live runs (largest minus smallest over the median): no prediction can
+be better than that. `contended` tells what the devices lost to other processes meanwhile, which nothing here predicts.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from msgspec import structs
+
+from common import SHARED, markdown, save
+from evener.api import EngineOptions, make_options, prepare
+from evener.cost.base import CostModel
+from evener.ledger.causes import Cause
+from evener.workload.backtest import Line, achieved, predicted, read_traffic, set_beside
+from evener.workload.calibrate import observe
+from evener.workload.compare import requests_of, warm_up_of
+from evener.workload.rehearse import run_live
+from evener.workload.replay import replay
+from evener.workload.requests import TimedRequest
+from evener.workload.spec import Arrivals
+from evener.workload.trace import Trace, read_trace
+
+WARM_UP = 4
+LOAD = 0.7
+TARGETS = {"output tok/s": 0.05, "TTFT": 0.10, "TPOT": 0.10, "share": 3.0}
+"""Largest errors wanted: relative, and of ledger shares in points."""
+SATURATED = ("output tok/s",)
+LOADED = ("TTFT mean, ms", "TTFT p90, ms", "TPOT mean, ms", "TPOT p90, ms")
+
+
+def plans(context: int, traffic_mix: str) -> dict[str, EngineOptions]:
+    """One device, tensor, pipeline and data parallel, and unlike devices."""
+    common: dict[str, Any] = {"max_model_len": context, "traffic_mix": traffic_mix}
+    two, unlike = ("cpu:0", "cpu:1"), ("cpu:0", "cpu:1,slowdown=2")
+    return {
+        "one device": make_options(devices=("cpu:0",), **common),
+        "tp2": make_options(devices=two, tensor_parallel_size=2, **common),
+        "pp2": make_options(devices=two, pipeline_parallel_size=2, **common),
+        "dp2": make_options(devices=two, data_parallel_size=2, **common),
+        "tp2, unlike 1:2": make_options(devices=unlike, tensor_parallel_size=2, **common),
+    }
+
+
+def requests(trace: Trace, rate: float = math.inf) -> list[TimedRequest]:
+    """With the trace's own arrivals at a mean rate (requests per second); inf: all at once."""
+    made = requests_of(Arrivals(trace, None))
+    first, scale = trace.rows[0].arrival_s, trace.mean_rate() / rate
+    return [structs.replace(r, arrival_s=(r.arrival_s - first) * scale) for r in made]
+
+
+def run(options: EngineOptions, todo: list[TimedRequest], path: Path) -> None:
+    """Serve and record."""
+    prepared = prepare(structs.replace(options, record=str(path), max_queue=len(todo)))
+    served = run_live(prepared, todo, warm_up_of(todo, WARM_UP))
+    if served.report.failed:
+        raise SystemExit(f"{served.report.failed} requests failed: {served.report.failures}")
+
+
+def beside(costs: CostModel, paths: Sequence[Path]) -> tuple[list[dict[str, Any]], float]:
+    """Figures of the median run, its prediction, and the spread over the runs; and the share that was contended."""
+    runs: list[dict[str, Line]] = []
+    contended = []
+    for path in paths:
+        traffic = read_traffic(path, WARM_UP)
+        did, said = achieved(traffic, replay(path)), predicted(traffic, costs)
+        runs.append({line.what: line for line in set_beside(said, did)})
+        contended.append(did.account.total.share(Cause.CONTENDED))
+    out = []
+    for what in dict.fromkeys(w for r in runs for w in r):
+        share = what.endswith("%")
+        lines = [r.get(what) for r in runs]
+        got = [x.achieved if x is not None and x.achieved is not None else 0.0 for x in lines]
+        said_ = [x.predicted if x is not None and x.predicted is not None else 0.0 for x in lines]
+        one = Line(what, median(said_), median(got), share)
+        spread = max(got) - min(got)
+        if not share and one.achieved:
+            spread /= one.achieved
+        out.append({"what": what, "predicted": one.predicted, "achieved": one.achieved, "error": one.error,
+                    "spread": spread if len(runs) > 1 else None, "share": share})  # fmt: skip
+    return out, median(contended)
+
+
+def measure(options: EngineOptions, trace: Trace, n: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Calibrate, serve saturated and loaded, predict."""
+    fit, other = Trace(trace.rows[n:]), Trace(trace.rows[:n])
+    print("  calibration", file=sys.stderr, flush=True)
+    run(options, requests(fit), folder / "fit")
+    costs = observe(folder / "fit").fit(1)
+    saturated = [folder / f"saturated{k}" for k in range(rounds)]
+    for k, path in enumerate(saturated):
+        print(f"  saturated, run {k + 1} of {rounds}", file=sys.stderr, flush=True)
+        run(options, requests(other), path)
+    full, contended = beside(costs, saturated)
+    duration = next(x["achieved"] for x in full if x["what"] == "duration, s")
+    rate = LOAD * n / duration
+    loaded = [folder / f"loaded{k}" for k in range(rounds)]
+    for k, path in enumerate(loaded):
+        print(f"  at {rate:.2f} requests/s, run {k + 1} of {rounds}", file=sys.stderr, flush=True)
+        run(options, requests(other, rate), path)
+    part, contended_loaded = beside(costs, loaded)
+    return {
+        "fit_error": costs.error(), "rate": rate, "saturated": full, "loaded": part,
+        "contended": [contended, contended_loaded],
+    }  # fmt: skip
+
+
+def rows_of(name: str, got: dict[str, Any]) -> list[list[object]]:
+    """One row per figure that has a target, and the largest error of a ledger share."""
+    rows = []
+    for load, wanted in (("saturated", SATURATED), ("loaded", LOADED)):
+        figures = {x["what"]: x for x in got[load]}
+        for what in wanted:
+            rows.append([name, load, *_row(figures[what])])
+        worst = max((x for x in got[load] if x["share"]), key=lambda x: abs(x["error"] or 0.0))
+        rows.append([name, load, *_row({**worst, "what": f"ledger, worst: {worst['what']}"})])
+    return rows
+
+
+def _row(x: dict[str, Any]) -> list[object]:
+    shown = (lambda v: f"{v:+.1f} points") if x["share"] else (lambda v: f"{v:+.1%}")
+    spread = None if x["spread"] is None else shown(x["spread"]).lstrip("+")
+    return [x["what"], x["predicted"], x["achieved"], "-" if x["error"] is None else shown(x["error"]), spread]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, default=SHARED / "traces" / "azure2023_conv.csv")
+    parser.add_argument("--requests", type=int, default=300, help="to predict; as many others calibrate")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3, help="live runs of each")
+    parser.add_argument("--only", help="plans whose names contain this")
+    parser.add_argument("--keep", type=Path, help="folder for the recordings (default: thrown away)")
+    args = parser.parse_args()
+
+    trace = read_trace(args.trace).first(2 * args.requests).within(args.context)
+    size = len(trace.rows)
+    prompt, answer = (sum(getattr(r, k) for r in trace.rows) / size for k in ("input_tokens", "output_tokens"))
+    mix = f"in={prompt:.0f},out={answer:.0f}"
+    chosen = {k: v for k, v in plans(args.context, mix).items() if args.only is None or args.only in k}
+    if not chosen:
+        parser.error(f"--only {args.only!r}: plans are {', '.join(plans(args.context, mix))}")
+    results, rows = {}, []
+    with TemporaryDirectory() as folder:
+        for k, (name, options) in enumerate(chosen.items()):
+            print(name, file=sys.stderr, flush=True)
+            at = (args.keep or Path(folder)) / f"plan{k}"
+            at.mkdir(parents=True, exist_ok=True)
+            results[name] = measure(options, trace, args.requests, args.rounds, at)
+            rows += rows_of(name, results[name])
+    headers = ["plan", "load", "figure", "predicted", "achieved", "error", f"spread of {args.rounds} live runs"]
+    print(markdown(headers, rows))
+    noise = [[k, f"{v['fit_error']:.1%}", *(f"{c:.1%}" for c in v["contended"])] for k, v in results.items()]
+    print(markdown(["plan", "fit, error per span", "contended, saturated", "contended, loaded"], noise))
+    settings = {"trace": args.trace.name, "requests": args.requests, "context": args.context, "rounds": args.rounds}
+    if args.only is None:
+        save("backtest", {"settings": settings, "targets": TARGETS, "plans": results})
+
+
+if __name__ == "__main__":
+    main()
