@@ -11,6 +11,7 @@ import psutil
 from msgspec import Struct, structs
 
 from evener.brain import BrainConfig
+from evener.cost.dtype import fastest_dtype
 from evener.cost.rates import Profile, bind, default_profile
 from evener.cost.roofline import RooflineCostModel
 from evener.cost.work import PlanWork
@@ -28,12 +29,14 @@ from evener.profile.store import load_profile
 from evener.router.choose import make_router
 from evener.spec.cluster import Cluster, Device, Link, parse_device, parse_size
 from evener.spec.memory import MemoryConfig, block_bytes, kv_blocks
-from evener.spec.model import ModelSpec
+from evener.spec.model import ModelSpec, quant_group
 from evener.spec.plan import Plan, validate
 from evener.spec.traffic import TrafficMix, parse_traffic_mix
 from evener.units import NS_PER_S, Bytes, Seconds, human_bytes
 
 AUTO = "auto"
+DTYPES = ("fp32", "bf16", "int8")
+"""Of weights and of the KV cache."""
 
 
 class EngineOptions(Struct, frozen=True, kw_only=True):
@@ -52,6 +55,9 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     """`time`: by measured time for `traffic_mix`; `equal`: the pre-training habit."""
     traffic_mix: str | None = None
     dtype: str = "fp32"
+    """Of the weights: fp32, bf16, int8, or auto: what was measured to be fastest on these devices."""
+    kv_dtype: str | None = None
+    """Of the KV cache: fp32, bf16 or int8; None: as dtype."""
     policy: str = "equal-time"
     router: str = "least-work"
     max_model_len: int | None = None
@@ -96,8 +102,9 @@ class Prepared(Struct, frozen=True):
 
 def prepare(options: EngineOptions, source: ModelSource | None = None) -> Prepared:
     """Check the options against the model and this host. Raises an InvalidInput that names value and remedy."""
-    if options.dtype != "fp32":
-        raise InvalidInput(f"dtype {options.dtype!r} is not supported; use fp32")
+    for name, value, known in (("dtype", options.dtype, (*DTYPES, AUTO)), ("kv_dtype", options.kv_dtype, DTYPES)):
+        if value is not None and value not in known:
+            raise InvalidInput(f"{name} {value!r} is not supported; use one of {', '.join(known)}")
     make_policy(options.policy)
     make_router(options.router)
     for name in ("max_num_seqs", "static_batch"):
@@ -112,9 +119,16 @@ def prepare(options: EngineOptions, source: ModelSource | None = None) -> Prepar
         if not least <= seconds <= 86_400.0:
             raise InvalidInput(f"{name}={seconds} must be a number of seconds from {least:g} to 86400")
     source = source or open_model(options.model)
-    model = source.spec
-    cluster, plan, profile, why = _plan(options, model)
-    costs = RooflineCostModel(model, plan, bind(profile, cluster.devices), dtype=options.dtype, links=options.links)
+    cluster, profile = _devices(options, source.spec)
+    mix = parse_traffic_mix(options.traffic_mix) if options.traffic_mix else TrafficMix()
+    dtype = fastest_dtype(profile, DTYPES, mix) if options.dtype == AUTO else options.dtype
+    kv_dtype = options.kv_dtype or dtype
+    options = structs.replace(options, dtype=dtype, kv_dtype=kv_dtype)
+    model = structs.replace(source.spec, quant_group=quant_group(dtype))
+    cluster, plan, why = _plan(options, model, cluster, profile, mix)
+    costs = RooflineCostModel(
+        model, plan, bind(profile, cluster.devices), dtype=dtype, kv_dtype=kv_dtype, links=options.links
+    )
     given = options.max_num_batched_tokens
     chunk = (
         given
@@ -154,6 +168,7 @@ async def start_engine(
         LiveConfig(
             model_path=str(prepared.source.path),
             dtype=given.dtype,
+            kv_dtype=given.kv_dtype or given.dtype,
             max_model_len=prepared.max_model_len,
             start_timeout=Seconds(given.start_timeout_s),
             wait_deadline=Seconds(given.worker_timeout_s),
@@ -184,7 +199,8 @@ def brain_config(prepared: Prepared) -> BrainConfig:
 def plan_work(prepared: Prepared) -> PlanWork:
     """Operations and bytes of batches, for the ledger to set beside the peak."""
     profile = bind(prepared.profile, prepared.cluster.devices)
-    return PlanWork(prepared.model, prepared.plan, profile, prepared.options.dtype)
+    given = prepared.options
+    return PlanWork(prepared.model, prepared.plan, profile, given.dtype, given.kv_dtype or given.dtype)
 
 
 def _costs_made_of(prepared: Prepared) -> dict[str, Any]:
@@ -193,6 +209,7 @@ def _costs_made_of(prepared: Prepared) -> dict[str, Any]:
         "kind": "roofline",
         "version": prepared.costs.version,
         "dtype": prepared.options.dtype,
+        "kv_dtype": prepared.options.kv_dtype,
         "profile": msgspec.to_builtins(prepared.profile),
     }
 
@@ -210,7 +227,8 @@ def make_options(**options: Any) -> EngineOptions:
     return EngineOptions(**options)
 
 
-def _plan(options: EngineOptions, model: ModelSpec) -> tuple[Cluster, Plan, Profile, str]:
+def _devices(options: EngineOptions, model: ModelSpec) -> tuple[Cluster, Profile]:
+    """The devices that may be used, and what is known of their speed."""
     tp, pp, dp = options.tensor_parallel_size, options.pipeline_parallel_size, options.data_parallel_size
     for flag, value in (("-tp", tp), ("-pp", pp), ("-dp", dp)):
         if value < 1:
@@ -225,8 +243,7 @@ def _plan(options: EngineOptions, model: ModelSpec) -> tuple[Cluster, Plan, Prof
     if options.plan == AUTO:
         devices = given or [d for d in local_devices() if d.kind == "cpu"]
     elif options.plan is not None:
-        plan = load_plan(options.plan, model)
-        devices = given or [parse_device(name) for name in plan.devices()]
+        devices = given or [parse_device(name) for name in load_plan(options.plan, model).devices()]
     else:
         devices = given or _own_devices(tp * pp * dp)
     for device in devices:
@@ -234,25 +251,31 @@ def _plan(options: EngineOptions, model: ModelSpec) -> tuple[Cluster, Plan, Prof
             raise InvalidDevice(f"device {device.name}: plans on GPUs are not served yet; name cpu devices")
     cluster = Cluster(tuple(devices), options.links)
     check_present(cluster.devices)
-    profile = load_profile(cluster) or default_profile(devices)
-    mix = parse_traffic_mix(options.traffic_mix) if options.traffic_mix else TrafficMix()
-    why = ""
+    return cluster, load_profile(cluster) or default_profile(devices)
+
+
+def _plan(
+    options: EngineOptions, model: ModelSpec, cluster: Cluster, profile: Profile, mix: TrafficMix
+) -> tuple[Cluster, Plan, str]:
+    """The plan, the cluster with the devices that it uses alone, and why (where it was chosen)."""
+    layout = options.tensor_parallel_size, options.pipeline_parallel_size, options.data_parallel_size
+    memory, why = _memory_config(options, 512), ""
     if options.plan == AUTO:
-        room = _kv_room(options, len(devices))
-        memory = _memory_config(options, 512)
+        room = _kv_room(options, len(cluster.devices))
         plan, why = choose_layout(model, cluster, profile, mix, memory, room, options.max_num_seqs, options.policy)
-    elif options.plan is None:
-        if options.split not in ("time", "equal"):
-            raise InvalidInput(f"split {options.split!r} is unknown; use time or equal")
-        if options.split == "equal":
-            plan = equal_plan(model, devices, tp, pp, dp)
-        else:
-            plan = default_plan(
-                model, devices, tp, pp, dp, profile, mix, memory=_memory_config(options, 512), links=options.links
-            )
+    elif options.plan is not None:
+        plan = load_plan(options.plan, model)
+    elif options.split == "equal":
+        plan = equal_plan(model, cluster.devices, *layout)
+    elif options.split == "time":
+        plan = default_plan(
+            model, cluster.devices, *layout, profile, mix, memory=memory, links=options.links, dtype=options.dtype
+        )
+    else:
+        raise InvalidInput(f"split {options.split!r} is unknown; use time or equal")
     validate(plan, model, cluster)
     used = set(plan.devices())
-    return structs.replace(cluster, devices=tuple(d for d in devices if d.name in used)), plan, profile, why
+    return structs.replace(cluster, devices=tuple(d for d in cluster.devices if d.name in used)), plan, why
 
 
 def _own_devices(count: int) -> list[Device]:
@@ -272,7 +295,9 @@ def _own_devices(count: int) -> list[Device]:
 
 
 def _memory_config(options: EngineOptions, chunk: int) -> MemoryConfig:
-    return MemoryConfig(dtype=options.dtype, kv_dtype="fp32", max_batch_tokens=chunk + options.max_num_seqs)
+    return MemoryConfig(
+        dtype=options.dtype, kv_dtype=options.kv_dtype or options.dtype, max_batch_tokens=chunk + options.max_num_seqs
+    )
 
 
 def _kv_room(options: EngineOptions, workers: int) -> Bytes:

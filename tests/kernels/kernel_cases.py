@@ -1,7 +1,7 @@
 """Mixed batches over a paged KV cache, made from a seed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,20 @@ class Paged:
     tables_RM: torch.Tensor
     kv_of_head: torch.Tensor
     scale: float
+
+    def narrowed(self, dtype: torch.dtype) -> "Paged":
+        """The same with K and V of another dtype."""
+        if dtype is not torch.int8:
+            return replace(self, k_slab=self.k_slab.to(dtype), v_slab=self.v_slab.to(dtype))
+        # Per token: K [n_kv, blocks, D, 16], V [n_kv, blocks, 16, D]. NaN has no integer: it becomes the scale.
+        k, k_scale = reference.quantize(self.k_slab.nan_to_num().transpose(-1, -2))
+        v, v_scale = reference.quantize(self.v_slab.nan_to_num())
+        k_scale[self.k_slab.isnan().any(-2)] = v_scale[self.v_slab.isnan().any(-1)] = torch.nan
+
+        def slab(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return torch.cat([values.flatten(-2), scale.contiguous().view(torch.int8)], dim=-1).contiguous()
+
+        return replace(self, k_slab=slab(k.transpose(-1, -2), k_scale), v_slab=slab(v, v_scale))
 
     def run(self) -> torch.Tensor:
         """The native result; padding stays -7."""

@@ -10,6 +10,7 @@ from evener import kernels
 
 heads = st.sampled_from([[0], [0, 0, 0, 1, 1], [0, 1, 0, 1], [0] * 7, [0] * 50, [0, 0, 1, 1, 2, 2]])
 chunk = st.tuples(st.integers(0, 150), st.one_of(st.just(1), st.integers(1, 90)))
+kv_dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int8])
 use_fixture = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -20,11 +21,18 @@ use_fixture = settings(max_examples=25, deadline=None, suppress_health_check=[He
     dim=st.sampled_from([16, 48, 64, 80, 128]),
     padding=st.integers(0, 3),
     seed=st.integers(0, 99),
+    dtype=kv_dtypes,
 )
 def test_equals_reference(
-    isa: str, chunks: list[tuple[int, int]], kv_of_head: list[int], dim: int, padding: int, seed: int
+    isa: str,
+    chunks: list[tuple[int, int]],
+    kv_of_head: list[int],
+    dim: int,
+    padding: int,
+    seed: int,
+    dtype: torch.dtype,
 ) -> None:
-    case = paged(chunks, kv_of_head, dim, padding, seed)
+    case = paged(chunks, kv_of_head, dim, padding, seed).narrowed(dtype)
     torch.testing.assert_close(case.run(), case.reference(), rtol=1e-5, atol=1e-5)
 
 
@@ -45,13 +53,14 @@ def one_chunk(case: Paged, r: int, first: int, count: int) -> Paged:
 
 @use_fixture
 @given(
-    chunks=st.lists(chunk, min_size=2, max_size=4), kv_of_head=heads, cut=st.integers(1, 80), seed=st.integers(0, 99)
-)
+    chunks=st.lists(chunk, min_size=2, max_size=4), kv_of_head=heads, cut=st.integers(1, 80), seed=st.integers(0, 99),
+    dtype=kv_dtypes,
+)  # fmt: skip
 def test_batch_and_chunk_invariance(
-    isa: str, chunks: list[tuple[int, int]], kv_of_head: list[int], cut: int, seed: int
+    isa: str, chunks: list[tuple[int, int]], kv_of_head: list[int], cut: int, seed: int, dtype: torch.dtype
 ) -> None:
     """A sequence alone, cut in two chunks, and its last row alone (as a decode) give the bits of the mixed batch."""
-    case = paged(chunks, kv_of_head, 32, 0, seed)
+    case = paged(chunks, kv_of_head, 32, 0, seed).narrowed(dtype)
     whole = case.run()
     for r, (_, count) in enumerate(chunks):
         expected = whole[case.cu_R[r] : case.cu_R[r + 1]]
@@ -77,8 +86,9 @@ def test_large_scores_do_not_overflow(isa: str) -> None:
     torch.testing.assert_close(case.run(), case.reference(), rtol=1e-3, atol=1e-3)
 
 
-def test_head_size_not_a_multiple_of_16_takes_the_reference(isa: str) -> None:
-    case = paged([(5, 20)], [0, 0], 24)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_head_size_not_a_multiple_of_16_takes_the_reference(isa: str, dtype: torch.dtype) -> None:
+    case = paged([(5, 20)], [0, 0], 24).narrowed(dtype)
     torch.testing.assert_close(case.run(), case.reference(), rtol=1e-5, atol=1e-5)
 
 

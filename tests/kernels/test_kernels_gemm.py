@@ -25,11 +25,77 @@ def test_linear(isa: str, rows: int, n: int, k: int, bias: bool) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-6 * k)
 
 
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int8])
+
+
+def scales(x: torch.Tensor, levels: int) -> torch.Tensor:
+    """The quantisation step of every element of [rows, K], fp64."""
+    groups = F.pad(x, (0, -x.shape[1] % kernels.QUANT_GROUP)).unflatten(1, (-1, kernels.QUANT_GROUP))
+    step = groups.abs().amax(-1, keepdim=True).double() / levels
+    return step.expand_as(groups).flatten(1)[:, : x.shape[1]]
+
+
+def check_packed(got: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> None:
+    """fp32 and bf16 come back as they were rounded, int8 as a whole number of steps, the nearest."""
+    if dtype is not torch.int8:
+        assert torch.equal(got, w.to(dtype).float())
+        return
+    step = scales(w, 127)
+    assert ((got.double() - w.double()).abs() <= 0.5001 * step).all()
+    steps = got.double() / step.clamp_min(1e-300)
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+
+
 @use_fixture
-@given(rows=st.integers(1, 30), n=st.integers(1, 70), threads=st.integers(1, 3))
-def test_a_row_depends_on_nothing_else(isa: str, rows: int, n: int, threads: int) -> None:
+@given(
+    rows=st.integers(1, 40), n=st.integers(1, 90), k=st.sampled_from([1, 3, 64, 70, 576, 641]), bias=st.booleans(),
+    size=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
+)  # fmt: skip
+def test_linear_over_bf16(isa: str, rows: int, n: int, k: int, bias: bool, size: float) -> None:
+    """The weight is rounded, nothing else is."""
+    x, w = torch.randn(rows, k), torch.randn(n, k) * size
+    b = torch.randn(n) * size if bias else None
+    expected = F.linear(x.double(), w.bfloat16().double(), None if b is None else b.double())
+    got = kernels.linear(x, kernels.pack_weight(w, torch.bfloat16), b)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-6 * k * size)
+
+
+@use_fixture
+@given(
+    rows=st.integers(1, 40), n=st.integers(1, 90), k=st.sampled_from([1, 3, 64, 70, 576, 641]), bias=st.booleans(),
+    size=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
+)  # fmt: skip
+def test_linear_over_int8(isa: str, rows: int, n: int, k: int, bias: bool, size: float) -> None:
+    """Over the quantised weight the error is that of rounding the inputs: half a step of each group's scale."""
+    x, w = torch.randn(rows, k), torch.randn(n, k) * size
+    b = torch.randn(n) * size if bias else None
+    packed = kernels.pack_weight(w, torch.int8)
+    quantised = packed.rows(torch.arange(n)).double()
+    check_packed(quantised.float(), w, torch.int8)
+    expected = F.linear(x.double(), quantised, None if b is None else b.double())
+    got = kernels.linear(x, packed, b)
+    step = scales(x, 127 if isa == "avx512vnni" else 32767)
+    allowed = 0.51 * step @ quantised.abs().T + 1e-5 * expected.abs() + 2e-6 * k * size
+    assert ((got.double() - expected).abs() <= allowed).all()
+
+
+def test_int8_of_nothing_and_of_what_is_not_finite(isa: str) -> None:
+    """Zeros are exact; NaN and infinity do not vanish in the quantisation."""
+    w = torch.randn(20, 100)
+    w[3] = 0
+    packed = kernels.pack_weight(w, torch.int8)
+    x = torch.randn(4, 100)
+    x[1], x[2, 70], x[3, 5] = 0, torch.inf, torch.nan
+    got = kernels.linear(x, packed)
+    assert got[0].isfinite().all() and (got[:2, 3] == 0).all() and (got[1] == 0).all()
+    assert got[2:].isnan().all()
+
+
+@use_fixture
+@given(rows=st.integers(1, 30), n=st.integers(1, 70), threads=st.integers(1, 3), dtype=dtypes)
+def test_a_row_depends_on_nothing_else(isa: str, rows: int, n: int, threads: int, dtype: torch.dtype) -> None:
     """The same bits alone and in any batch, on any number of threads."""
-    x, w = torch.randn(rows, 700), kernels.pack_weight(torch.randn(n, 700))
+    x, w = torch.randn(rows, 700), kernels.pack_weight(torch.randn(n, 700), dtype)
     alone = torch.cat([kernels.linear(x[r : r + 1], w) for r in range(rows)])
     kernels.set_threads(threads)
     together = kernels.linear(x, w)
@@ -38,26 +104,50 @@ def test_a_row_depends_on_nothing_else(isa: str, rows: int, n: int, threads: int
 
 
 @use_fixture
-@given(n=st.integers(1, 90), data=st.data())
-def test_rows_and_parts(isa: str, n: int, data: st.DataObject) -> None:
-    """Packing loses nothing: rows come back, and whole panels are a weight of their own."""
-    w = torch.randn(n, 20)
-    packed = kernels.pack_weight(w)
+@given(n=st.integers(1, 90), k=st.sampled_from([1, 20, 64, 100]), dtype=dtypes, data=st.data())
+def test_rows_and_parts(isa: str, n: int, k: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    """Rows come back as they were packed, and whole panels are a weight of their own."""
+    w = torch.randn(n, k)
+    packed = kernels.pack_weight(w, dtype)
     index = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), max_size=8)), dtype=torch.int64)
-    assert torch.equal(packed.rows(index), w[index])
+    check_packed(packed.rows(index), w[index], dtype)
     start = data.draw(st.integers(0, n - 1))
     stop = data.draw(st.integers(start + 1, n))
     part, at = packed.part(start, stop)
-    x = torch.randn(3, 20)
+    x = torch.randn(3, k)
     assert torch.equal(kernels.linear(x, part)[:, at : at + stop - start], kernels.linear(x, packed)[:, start:stop])
 
 
+@use_fixture
+@given(cut=st.sampled_from([0, 64, 128, 192]), n=st.integers(1, 40))
+def test_int8_inputs_cut_on_groups_quantise_alike(isa: str, cut: int, n: int) -> None:
+    """Two ranks that split the inputs on a group's border hold the very integers and scales of one."""
+    w, x = torch.randn(n, 192), torch.randn(5, 192)
+    whole = kernels.linear(x, kernels.pack_weight(w, torch.int8))
+    parts = torch.zeros(5, n)
+    for a, b in ((0, cut), (cut, 192)):
+        if a < b:
+            parts += kernels.linear(x[:, a:b], kernels.pack_weight(w[:, a:b].contiguous(), torch.int8))
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)  # the sums of fp32 alone
+
+
 def test_other_dtypes_are_kept_as_they_are() -> None:
-    w = torch.randn(5, 4).bfloat16()
+    w = torch.randn(5, 4).half()
     packed = kernels.pack_weight(w)
     assert packed.columns == 0 and packed.data is w
-    x = torch.randn(2, 4).bfloat16()
+    x = torch.randn(2, 4).half()
     assert torch.equal(kernels.linear(x, packed), F.linear(x, w))
+
+
+def test_int8_is_made_from_fp32() -> None:
+    with pytest.raises(ValueError, match="weight_NK is bfloat16"):
+        kernels.pack_weight(torch.randn(5, 4).bfloat16(), torch.int8)
+
+
+def test_an_index_outside_the_embedding_is_refused(isa: str) -> None:
+    packed = kernels.pack_weight(torch.randn(5, 4), torch.int8)
+    with pytest.raises(ValueError, match=r"holds 5, outside \[0, 5\)"):
+        packed.rows(torch.tensor([0, 5]))
 
 
 def test_wrong_inputs_are_refused() -> None:

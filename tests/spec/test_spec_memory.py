@@ -17,25 +17,40 @@ STAGE = Stage((0, 3), (WHOLE,))
 
 def test_weights_by_hand() -> None:
     q_and_o, k_and_v, mlp, norms = 2 * 8 * 8, 2 * 8 * 4, 3 * 8 * 10, 2 * 8
-    layers = 3 * (q_and_o + k_and_v + mlp + norms)
-    assert weight_bytes(WHOLE, STAGE, TINY, "fp32") == 4 * (layers + 2 * 100 * 8)
-    assert weight_bytes(WHOLE, STAGE, TINY, "bf16") == 2 * (layers + 2 * 100 * 8)
+    matrices = 3 * (q_and_o + k_and_v + mlp) + 2 * 100 * 8
+    assert weight_bytes(WHOLE, STAGE, TINY, "fp32") == 4 * (matrices + 3 * norms)
+    assert weight_bytes(WHOLE, STAGE, TINY, "bf16") == 2 * matrices + 4 * 3 * norms, "norms stay fp32"
+
+
+def test_int8_weights_are_whole_groups_with_their_scales() -> None:
+    wide = structs.replace(TINY, hidden=128, head_dim=64, ffn=130)
+    q, kv, ffn, group = 4 * 64, 2 * 64, 130, 64 + 8
+    layer = (q + 2 * kv) * 2 + 128 * 4 + 2 * ffn * 2 + 128 * 3  # rows times groups of their inputs
+    shard = structs.replace(WHOLE, ffn=(0, 130))
+    assert weight_bytes(shard, STAGE, wide, "int8") == 3 * (layer * group + 4 * 2 * 128) + 2 * 100 * 2 * group
+
+
+def test_kv_blocks_by_dtype() -> None:
+    values = 2 * 3 * 2 * 2 * 16  # K and V, layers, KV heads, head_dim, tokens
+    sizes = [block_bytes(WHOLE, STAGE, TINY, MemoryConfig(kv_dtype=t)) for t in ("fp32", "bf16", "int8")]
+    assert sizes == [4 * values, 2 * values, values + 4 * values // 2], "int8: a scale per token and head"
+    assert [TINY.kv_bytes_per_token(t) * 16 for t in ("fp32", "bf16", "int8")] == sizes
 
 
 def test_tied_rows_count_once_where_they_overlap() -> None:
     tied = structs.replace(TINY, tied=True)
-    both = weight_bytes(WHOLE, STAGE, tied, "int8")
-    assert both == weight_bytes(WHOLE, STAGE, TINY, "int8") - 100 * 8
+    both = weight_bytes(WHOLE, STAGE, tied, "bf16")
+    assert both == weight_bytes(WHOLE, STAGE, TINY, "bf16") - 2 * 100 * 8
     part = structs.replace(WHOLE, head_rows=(60, 90))
-    assert weight_bytes(part, STAGE, tied, "int8") == both, "rows 60 to 90 are held by the embedding already"
+    assert weight_bytes(part, STAGE, tied, "bf16") == both, "rows 60 to 90 are held by the embedding already"
 
 
 def test_biases_and_head_norms_count() -> None:
     plain = weight_bytes(WHOLE, STAGE, TINY, "int8")
-    assert weight_bytes(WHOLE, STAGE, structs.replace(TINY, qkv_bias=True), "int8") == plain + 3 * (8 + 4 + 4)
-    assert weight_bytes(WHOLE, STAGE, structs.replace(TINY, o_bias=True), "int8") == plain + 3 * 8
-    assert weight_bytes(WHOLE, STAGE, structs.replace(TINY, mlp_bias=True), "int8") == plain + 3 * (10 + 10 + 8)
-    assert weight_bytes(WHOLE, STAGE, structs.replace(TINY, qk_norm=True), "int8") == plain + 3 * 2 * 2
+    assert weight_bytes(WHOLE, STAGE, structs.replace(TINY, qkv_bias=True), "int8") == plain + 4 * 3 * (8 + 4 + 4)
+    assert weight_bytes(WHOLE, STAGE, structs.replace(TINY, o_bias=True), "int8") == plain + 4 * 3 * 8
+    assert weight_bytes(WHOLE, STAGE, structs.replace(TINY, mlp_bias=True), "int8") == plain + 4 * 3 * (10 + 10 + 8)
+    assert weight_bytes(WHOLE, STAGE, structs.replace(TINY, qk_norm=True), "int8") == plain + 4 * 3 * 2 * 2
 
 
 def test_a_shard_holds_the_kv_heads_its_queries_read() -> None:

@@ -53,7 +53,12 @@ def _all(
     traffic_mix: Annotated[
         str | None, typer.Option(help="Traffic that default plans are made for, like in=1020,out=129.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="fp32.")] = _DEFAULTS.dtype,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: fp32, bf16, int8, or auto: the fastest as measured.")
+    ] = _DEFAULTS.dtype,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Of the KV cache: fp32, bf16 or int8.", show_default="as --dtype")
+    ] = None,
     policy: Annotated[str, typer.Option(help="equal-time, fcfs or static.")] = _DEFAULTS.policy,
     router: Annotated[str, typer.Option(help="least-work, least-requests or round-robin.")] = _DEFAULTS.router,
     max_model_len: Annotated[

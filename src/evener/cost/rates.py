@@ -227,7 +227,7 @@ def default_rates(device: Device) -> Rates:
         half = {"fp32": 9.7e12, "bf16": 156e12, "fp16": 156e12, "int8": 312e12}
         return _assumed(half, 16.0, 1.0e12, 60e12, 5_000.0)
     n = max(1, len(device.cores))
-    return _assumed({"fp32": 40e9 * n, "bf16": 20e9 * n, "int8": 40e9 * n}, 2.0, 8e9 * n**0.7, 20e9 * n, 3_000.0)
+    return _assumed({"fp32": 40e9 * n, "bf16": 40e9 * n, "int8": 60e9 * n}, 2.0, 8e9 * n**0.7, 20e9 * n, 3_000.0)
 
 
 DEFAULT_COLLECTIVE = Collective("assumed", 2, ((2048, 15_000.0), (65_536, 60_000.0), (1 << 20, 600_000.0)))

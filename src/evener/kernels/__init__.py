@@ -1,17 +1,19 @@
 """The hot path on CPUs: native kernels, each with a torch reference that defines it.
 
-A function runs natively for fp32 tensors on the CPU, and in `reference` for every other device or dtype. Read
+A function runs natively for fp32 tensors on the CPU (weights and KV cache may be bf16 or int8 there), and in
+`reference` for every other device or dtype. Read
 `rows` (norms, rotary embedding and KV write, SwiGLU), `gemm`, `attention`, `sampling`, then `reference`; the C++ is in
 `native/`: `kernels.h` says what each instruction set provides, `launch.cpp` divides the work among threads.
 """
 
 from evener.kernels.attention import paged_attention
-from evener.kernels.gemm import PackedWeight, linear, pack_weight
+from evener.kernels.gemm import QUANT_GROUP, PackedWeight, linear, pack_weight
 from evener.kernels.rows import add_rms_norm, rms_norm, rope_write_kv, silu_mul
 from evener.kernels.runtime import advise_huge_pages, isa, set_isa, set_threads, threads
 from evener.kernels.sampling import argmax_rows, gumbel_argmax, gumbel_noise, logsumexp_rows, top_candidates
 
 __all__ = [
+    "QUANT_GROUP",
     "PackedWeight",
     "add_rms_norm",
     "advise_huge_pages",

@@ -1,5 +1,7 @@
 """Compiled kernels (native/module.cpp). Tensors are passed as addresses; sizes and strides count elements."""
 
+GROUP: int
+
 def isa() -> str: ...
 def choose_isa(name: str) -> bool: ...
 def supported_isas() -> str: ...
@@ -12,18 +14,24 @@ def norm(
 ) -> None: ...  # fmt: skip
 def rope(
     qkv: int, cos: int, sin: int, positions: int, kv_slot: int, k_slab: int, v_slab: int, q_out: int, q_norm: int,
-    k_norm: int, rows: int, qkv_stride: int, q_out_stride: int, slab_head_stride: int, n_q: int, n_kv: int,
+    k_norm: int, kv: int, rows: int, qkv_stride: int, q_out_stride: int, slab_head_stride: int, n_q: int, n_kv: int,
     head_dim: int, eps: float, max_position: int, slots: int, /,
 ) -> None: ...  # fmt: skip
 def silu_mul(gate_up: int, out: int, rows: int, width: int, gate_up_stride: int, out_stride: int, /) -> None: ...
 def gemm_columns() -> int: ...
 def gemm(
+    x: int, packed: int, bias: int, out: int, m: int, n: int, k: int, x_stride: int, out_stride: int, bf16: bool, /,
+) -> None: ...  # fmt: skip
+def cell_bytes() -> int: ...
+def pack8(weight: int, packed: int, n: int, k: int, stride: int, /) -> None: ...
+def unpack8(packed: int, index: int, rows: int, n: int, k: int, out: int, /) -> None: ...
+def gemm8(
     x: int, packed: int, bias: int, out: int, m: int, n: int, k: int, x_stride: int, out_stride: int, /,
 ) -> None: ...  # fmt: skip
 def attention(
     q: int, k_slab: int, v_slab: int, out: int, q_stride: int, out_stride: int, slab_head_stride: int, head_dim: int,
-    scale: float, cu: int, start: int, tables: int, kv_of_head: int, sequences: int, table_width: int, heads: int,
-    kv_heads: int, blocks: int, rows: int, /,
+    scale: float, kv: int, cu: int, start: int, tables: int, kv_of_head: int, sequences: int, table_width: int,
+    heads: int, kv_heads: int, blocks: int, rows: int, /,
 ) -> None: ...  # fmt: skip
 def argmax(x: int, rows: int, width: int, stride: int, index: int, value: int, /) -> None: ...
 def gumbel_argmax(

@@ -3,7 +3,7 @@
 import torch
 
 from evener.kernels import _native, reference
-from evener.kernels.checks import dense, fail, ints, native
+from evener.kernels.checks import dense, ints, kv_slabs, native
 
 
 def paged_attention(
@@ -23,24 +23,22 @@ def paged_attention(
     included, are already in the blocks of tables_RM[r]. Query head h reads KV head kv_of_head[h]: any mapping;
     consecutive heads of one KV head are computed together.
     q, out [T, Q, D]; k_slab [n_kv, blocks, D, 16], v_slab [n_kv, blocks, 16, D]; int32 cu_R [R + 1], start_R [R],
-    tables_RM [R, M], kv_of_head [Q]. Rows of `out` beyond cu_R[-1] are left untouched.
+    tables_RM [R, M], kv_of_head [Q]. Rows of `out` beyond cu_R[-1] are left untouched. Slabs may be bf16, or int8 as
+    `rope_write_kv` writes them.
 
-    Native for fp32 on the CPU when D is a multiple of 16; then a row's result does not depend, in any bit, on the rest
-    of the batch, on how the prompt was cut into chunks, or on the number of threads. Raises ValueError, also for a
-    block or KV head that does not exist.
+    Native for fp32 queries on the CPU when D is a multiple of 16; then a row's result does not depend, in any bit, on
+    the rest of the batch, on how the prompt was cut into chunks, or on the number of threads. Raises ValueError, also
+    for a block or KV head that does not exist.
     """
     rows, heads, dim = q_TQD.shape
-    if dim % 16 or not native(q_TQD, k_slab, v_slab, out_TQD):
+    if dim % 16 or not native(q_TQD, out_TQD):
         return reference.paged_attention(q_TQD, k_slab, v_slab, cu_R, start_R, tables_RM, kv_of_head, scale, out_TQD)
-    if k_slab.dim() != 4:
-        fail("k_slab", k_slab, f"[n_kv, blocks, {dim}, 16]")
-    kv_heads, blocks = k_slab.shape[:2]
+    kind, k, v, kv_heads, blocks, block_elements = kv_slabs(k_slab, v_slab, dim)
     sequences = start_R.shape[0]
     width = tables_RM.shape[-1]
     _native.attention(
-        dense("q_TQD", q_TQD, rows, heads, dim), dense("k_slab", k_slab, kv_heads, blocks, dim, 16),
-        dense("v_slab", v_slab, kv_heads, blocks, 16, dim), dense("out_TQD", out_TQD, rows, heads, dim), heads * dim,
-        heads * dim, blocks * dim * 16, dim, scale, ints("cu_R", cu_R, sequences + 1),
+        dense("q_TQD", q_TQD, rows, heads, dim), k, v, dense("out_TQD", out_TQD, rows, heads, dim), heads * dim,
+        heads * dim, blocks * block_elements, dim, scale, kind, ints("cu_R", cu_R, sequences + 1),
         ints("start_R", start_R, sequences),
         ints("tables_RM", tables_RM, sequences, width), ints("kv_of_head", kv_of_head, heads), sequences, width, heads,
         kv_heads, blocks, rows,

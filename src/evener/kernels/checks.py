@@ -15,6 +15,25 @@ def native(*tensors: torch.Tensor) -> bool:
     return True
 
 
+_KV = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+def kv_slabs(k_slab: torch.Tensor, v_slab: torch.Tensor, dim: int) -> tuple[int, int, int, int, int, int]:
+    """(kind, addresses of K and V, KV heads, blocks, elements of a block) of contiguous slabs of one dtype on the CPU.
+
+    fp32 and bf16: [n_kv, blocks, dim, 16] and [n_kv, blocks, 16, dim]; int8: [n_kv, blocks, 16 * (dim + 4)] both.
+    """
+    kind = _KV.get(k_slab.dtype, -1)
+    heads, blocks = k_slab.shape[:2] if k_slab.dim() > 1 else (0, 0)
+    k_shape, v_shape = ((16 * (dim + 4),),) * 2 if kind == 2 else ((dim, 16), (16, dim))
+    if kind < 0 or not k_slab.is_cpu:
+        fail("k_slab", k_slab, "float32, bfloat16 or int8 on cpu")
+    if v_slab.dtype is not k_slab.dtype or not v_slab.is_cpu:
+        fail("v_slab", v_slab, f"{str(k_slab.dtype).removeprefix('torch.')} on cpu, as k_slab")
+    k, v = dense("k_slab", k_slab, heads, blocks, *k_shape), dense("v_slab", v_slab, heads, blocks, *v_shape)
+    return kind, k, v, heads, blocks, 16 * (dim + 4) if kind == 2 else 16 * dim
+
+
 def fail(name: str, tensor: torch.Tensor, want: str) -> NoReturn:
     """Raise ValueError: what `name` is and what it must be."""
     raise ValueError(

@@ -1,7 +1,9 @@
-"""Linear layers with packed weights.
+"""Linear layers with packed weights: fp32, bf16 or int8.
 
-Shape suffixes: T rows, K inputs, N outputs, B panels of the packed weight.
+Shape suffixes: T rows, K inputs, N outputs.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +12,25 @@ from evener.kernels import _native
 from evener.kernels.checks import dense, fail, row_stride
 from evener.kernels.runtime import advise_huge_pages
 
+QUANT_GROUP: int = _native.GROUP
+"""Inputs of an int8 product that share a scale, on both sides. Inputs of a split layer are cut on multiples of it."""
+
 
 class PackedWeight:
-    """A weight [N, K], laid out for the instruction set in use: [panels, K, columns], the last panel padded with zeros.
+    """A weight [N, K], laid out for the instruction set in use. Made by `pack_weight`.
 
-    On other devices and dtypes it is kept as it is. Made by `pack_weight`.
+    `data` is [panels, K, columns] in fp32 and bf16, [panels, groups, cell bytes] in int8, the last panel padded with
+    zeros. What is not packed (other devices and dtypes) stays as it is, with `columns` 0.
     """
 
-    def __init__(self, data: torch.Tensor, n: int, k: int, columns: int) -> None:
+    def __init__(self, data: torch.Tensor, n: int, k: int, columns: int, isa: str = "") -> None:
         self.data = data
         self.n = n
         self.k = k
         self.columns = columns
         """Columns of a panel; 0: not packed."""
+        self.isa = isa
+        """The instruction set it was packed for."""
 
     @property
     def nbytes(self) -> int:
@@ -30,10 +38,23 @@ class PackedWeight:
         return self.data.nbytes
 
     def rows(self, index_T: torch.Tensor) -> torch.Tensor:
-        """Rows of the weight, [T, K]: an embedding's lookup. `index_T` int64 in [0, N)."""
+        """Rows of the weight in fp32 (not packed: in its dtype), [T, K]: an embedding's lookup.
+
+        `index_T` int64 in [0, N). Raises ValueError.
+        """
         if not self.columns:
             return F.embedding(index_T, self.data)
-        return self.data[index_T // self.columns, :, index_T % self.columns]
+        if self.data.dtype is not torch.int8:
+            return self.data[index_T // self.columns, :, index_T % self.columns].float()
+        _check_isa(self)
+        count = index_T.shape[0]
+        out_TK = torch.empty(count, self.k)
+        if index_T.dtype is not torch.int64 or not index_T.is_cpu:
+            fail("index_T", index_T, "int64 on cpu")
+        _native.unpack8(
+            self.data.data_ptr(), dense("index_T", index_T, count), count, self.n, self.k, out_TK.data_ptr()
+        )
+        return out_TK
 
     def part(self, start: int, stop: int) -> tuple["PackedWeight", int]:
         """Whole panels that hold rows [start, stop), without a copy, and where `start` is in them."""
@@ -41,45 +62,72 @@ class PackedWeight:
             return PackedWeight(self.data[start:stop], stop - start, self.k, 0), 0
         first, last = start // self.columns, -(-stop // self.columns)
         n = min(self.n, last * self.columns) - first * self.columns
-        return PackedWeight(self.data[first:last], n, self.k, self.columns), start - first * self.columns
+        part = PackedWeight(self.data[first:last], n, self.k, self.columns, self.isa)
+        return part, start - first * self.columns
 
 
-def pack_weight(weight_NK: torch.Tensor) -> PackedWeight:
-    """Pack a weight; fp32 on the CPU natively, everything else is kept as it is."""
+def pack_weight(weight_NK: torch.Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
+    """Pack a weight in `dtype` (None: its own).
+
+    On the CPU fp32, bf16 and int8 are native: the first two are rounded and stored, and multiplied in fp32; int8 has
+    a scale per row and group of QUANT_GROUP inputs, quantised here from fp32. Elsewhere the weight is cast and kept
+    as it is. Raises ValueError for int8 that is not on the CPU or not made from fp32.
+    """
+    dtype = dtype or weight_NK.dtype
     n, k = weight_NK.shape
-    if weight_NK.dtype is not torch.float32 or not weight_NK.is_cpu or n == 0 or k == 0:
-        return PackedWeight(weight_NK, n, k, 0)
-    columns = _native.gemm_columns()
+    if dtype is torch.int8 and (weight_NK.dtype is not torch.float32 or not weight_NK.is_cpu):
+        fail("weight_NK", weight_NK, "float32 on cpu to be quantised")
+    if dtype not in (torch.float32, torch.bfloat16, torch.int8) or not weight_NK.is_cpu or n == 0 or k == 0:
+        return PackedWeight(weight_NK.to(torch.float32 if dtype is torch.int8 else dtype), n, k, 0)
+    columns, isa = _native.gemm_columns(), _native.isa()
     panels = -(-n // columns)
-    packed = torch.empty(panels, k, columns)
-    advise_huge_pages(packed)
+    if dtype is torch.int8:
+        packed = _aligned((panels, -(-k // QUANT_GROUP), _native.cell_bytes()), dtype)
+        weight_NK = weight_NK.contiguous()
+        _native.pack8(weight_NK.data_ptr(), packed.data_ptr(), n, k, k)
+        return PackedWeight(packed, n, k, columns, isa)
+    packed = _aligned((panels, k, columns), dtype)
     whole = n // columns
     packed[:whole] = weight_NK[: whole * columns].view(whole, columns, k).transpose(1, 2)
     if whole < panels:
         packed[whole] = 0
         packed[whole, :, : n - whole * columns] = weight_NK[whole * columns :].T
-    return PackedWeight(packed, n, k, columns)
+    return PackedWeight(packed, n, k, columns, isa)
 
 
 def linear(x_TK: torch.Tensor, weight: PackedWeight, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight^T + bias, [T, N]. Rows of x are contiguous. Raises ValueError.
+    """x @ weight^T + bias, [T, N], in fp32 where the weight is packed. Rows of x are contiguous. Raises ValueError.
 
-    A row's result depends neither on the other rows nor on the number of threads.
+    Over an int8 weight x is quantised too, per row and group: to 16 bits, or to 8 with VNNI instructions. A row's
+    result depends neither on the other rows nor on the number of threads. Values of x that are not finite give NaN.
     """
     if not weight.columns:
         return F.linear(x_TK, weight.data, bias_N)
     if x_TK.dtype is not torch.float32 or not x_TK.is_cpu:
-        fail("x_TK", x_TK, "float32 on cpu, as the packed weight")
-    if weight.columns != _native.gemm_columns():
-        raise ValueError(
-            f"the weight was packed for panels of {weight.columns} columns, the instruction set in use has "
-            f"{_native.gemm_columns()}; pack it again after set_isa"
-        )
+        fail("x_TK", x_TK, "float32 on cpu, as every packed weight takes it")
+    _check_isa(weight)
     rows = x_TK.shape[0]
     out_TN = torch.empty(rows, weight.n)
     if rows:
-        _native.gemm(
-            x_TK.data_ptr(), weight.data.data_ptr(), 0 if bias_N is None else dense("bias_N", bias_N, weight.n),
-            out_TN.data_ptr(), rows, weight.n, weight.k, row_stride("x_TK", x_TK, rows, weight.k), weight.n,
-        )  # fmt: skip
+        bias = 0 if bias_N is None else dense("bias_N", bias_N, weight.n)
+        stride = row_stride("x_TK", x_TK, rows, weight.k)
+        x, w, out = x_TK.data_ptr(), weight.data.data_ptr(), out_TN.data_ptr()
+        kind = weight.data.dtype
+        if kind is torch.int8:
+            _native.gemm8(x, w, bias, out, rows, weight.n, weight.k, stride, weight.n)
+        else:
+            _native.gemm(x, w, bias, out, rows, weight.n, weight.k, stride, weight.n, kind is torch.bfloat16)
     return out_TN
+
+
+def _aligned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    packed = torch.empty(*shape, dtype=dtype)
+    advise_huge_pages(packed)
+    return packed
+
+
+def _check_isa(weight: PackedWeight) -> None:
+    if weight.isa != _native.isa():
+        raise ValueError(
+            f"the weight was packed for {weight.isa}, {_native.isa()} is in use; pack it again after set_isa"
+        )

@@ -64,9 +64,43 @@ def rope_write_kv(
     kept = kv_slot_T >= 0
     slot = kv_slot_T[kept].long()
     block, offset = slot // BLOCK_TOKENS, slot % BLOCK_TOKENS
+    k, v = _rotate(k, cos_TD, sin_TD)[kept], v[kept]
+    if k_slab.dtype is torch.int8:
+        (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+        for slab, scale in ((k_slab, k_scale), (v_slab, v_scale)):
+            _scales(slab, dim).permute(1, 2, 0)[block, offset] = scale
     # Two index tensors around a slice: the indexed dimensions come first, so values are [tokens, n_kv, D].
-    k_slab[:, block, :, offset] = _rotate(k, cos_TD, sin_TD)[kept].to(k_slab.dtype)
-    v_slab.permute(1, 2, 0, 3)[block, offset] = v[kept].to(v_slab.dtype)
+    _values(k_slab, dim, BLOCK_TOKENS)[:, block, :, offset] = k.to(k_slab.dtype)
+    _values(v_slab, BLOCK_TOKENS, dim).permute(1, 2, 0, 3)[block, offset] = v.to(v_slab.dtype)
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 over the last dimension, symmetric, and its fp32 scale: x is about value * scale."""
+    scale = x.float().abs().amax(-1) / 127
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    return (x.float() * inverse.unsqueeze(-1)).round().to(torch.int8), scale
+
+
+def _values(slab: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The slab as [n_kv, blocks, rows, columns]; for int8 without the scales."""
+    return slab[..., : rows * columns].view(*slab.shape[:2], rows, columns) if slab.dtype is torch.int8 else slab
+
+
+def _scales(slab: torch.Tensor, dim: int) -> torch.Tensor:
+    """The scales of an int8 slab, [n_kv, blocks, 16]."""
+    return slab[..., BLOCK_TOKENS * dim :].view(torch.float32)
+
+
+def keys_of(k_slab: torch.Tensor, blocks: torch.Tensor, dim: int) -> torch.Tensor:
+    """K of these blocks as numbers, [n_kv, blocks, D, 16]."""
+    k = _values(k_slab, dim, BLOCK_TOKENS)[:, blocks]
+    return k.float() * _scales(k_slab, dim)[:, blocks].unsqueeze(-2) if k.dtype is torch.int8 else k
+
+
+def values_of(v_slab: torch.Tensor, blocks: torch.Tensor, dim: int) -> torch.Tensor:
+    """V of these blocks as numbers, [n_kv, blocks, 16, D]."""
+    v = _values(v_slab, BLOCK_TOKENS, dim)[:, blocks]
+    return v.float() * _scales(v_slab, dim)[:, blocks].unsqueeze(-1) if v.dtype is torch.int8 else v
 
 
 def silu_mul(gate_up_T2F: torch.Tensor, out_TF: torch.Tensor) -> None:
@@ -87,7 +121,7 @@ def paged_attention(
     out_TQD: torch.Tensor,
 ) -> None:
     """Softmax attention of every row over its sequence's keys 0..position; rows beyond cu_R[-1] are left alone."""
-    heads = kv_of_head.long()
+    heads, dim = kv_of_head.long(), q_TQD.shape[-1]
     cu, starts = cu_R.tolist(), start_R.tolist()
     for r, start in enumerate(starts):
         rows = slice(cu[r], cu[r + 1])
@@ -96,8 +130,8 @@ def paged_attention(
             continue
         keys = start + count
         blocks = tables_RM[r, : -(-keys // BLOCK_TOKENS)].long()
-        k_HKD = k_slab[:, blocks].permute(0, 1, 3, 2).flatten(1, 2)[:, :keys]
-        v_HKD = v_slab[:, blocks].flatten(1, 2)[:, :keys]
+        k_HKD = keys_of(k_slab, blocks, dim).permute(0, 1, 3, 2).flatten(1, 2)[:, :keys]
+        v_HKD = values_of(v_slab, blocks, dim).flatten(1, 2)[:, :keys]
         q_HTD = q_TQD[rows].transpose(0, 1).float()
         scores_HTK = q_HTD @ k_HKD[heads].float().mT * scale
         position_T1 = start + torch.arange(count, device=q_TQD.device).unsqueeze(1)

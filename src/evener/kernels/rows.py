@@ -1,13 +1,14 @@
 """Kernels that treat each row by itself: norms, rotary embedding with the KV write, SwiGLU's product.
 
 Shape suffixes: T rows, H hidden, C fused projection columns, P positions of the tables, D head size (of a table: half
-of it), Q query heads, F feed-forward columns. fp32 on the CPU runs natively, everything else in `reference`.
+of it), Q query heads, F feed-forward columns. fp32 on the CPU runs natively (with a KV cache of fp32, bf16 or int8),
+everything else in `reference`.
 """
 
 import torch
 
 from evener.kernels import _native, reference
-from evener.kernels.checks import dense, fail, ints, native, row_stride
+from evener.kernels.checks import dense, fail, ints, kv_slabs, native, row_stride
 
 MAX_HEAD_DIM = 1024
 
@@ -74,12 +75,13 @@ def rope_write_kv(
     `qkv_TC` [T, (n_q + 2 n_kv) D] holds the query heads, then K, then V; `cos_PD`, `sin_PD` [max_position, D / 2]; the
     pairs are (i, i + D / 2), as in Hugging Face. With `q_norm_D`, `k_norm_D` [D], each head passes an RMS norm first
     (Qwen3). `positions_T`, `kv_slot_T` int32 [T]; slot = block * 16 + offset, -1 writes no K and V.
-    Writes `q_out_TQD` [T, n_q, D], `k_slab` [n_kv, blocks, D, 16] and `v_slab` [n_kv, blocks, 16, D].
+    Writes `q_out_TQD` [T, n_q, D], `k_slab` [n_kv, blocks, D, 16] and `v_slab` [n_kv, blocks, 16, D], fp32 or bf16; or
+    both int8, [n_kv, blocks, 16 * (D + 4)]: the same 16 x D values, then an fp32 scale for each of the 16 tokens.
     Raises ValueError, also for a position or slot outside its table.
     """
     given = (q_norm_D, k_norm_D)
     norms = [w for w in given if w is not None]
-    if not native(qkv_TC, cos_PD, sin_PD, k_slab, v_slab, q_out_TQD, *norms):
+    if not native(qkv_TC, cos_PD, sin_PD, q_out_TQD, *norms):
         return reference.rope_write_kv(
             qkv_TC,
             cos_PD,
@@ -96,18 +98,20 @@ def rope_write_kv(
             eps,
         )
     rows, _, dim = q_out_TQD.shape
-    max_position, blocks = cos_PD.shape[0], k_slab.shape[1]
+    max_position = cos_PD.shape[0]
     if dim % 2 or dim > MAX_HEAD_DIM:
         raise ValueError(f"head size {dim} must be even and at most {MAX_HEAD_DIM}")
+    kind, k, v, heads, blocks, block_elements = kv_slabs(k_slab, v_slab, dim)
+    if heads != n_kv:
+        fail("k_slab", k_slab, f"of {n_kv} KV heads")
     q_norm, k_norm = (0 if w is None else dense("a norm per head", w, dim) for w in given)
     _native.rope(
         qkv_TC.data_ptr(), dense("cos_PD", cos_PD, max_position, dim // 2),
         dense("sin_PD", sin_PD, max_position, dim // 2), ints("positions_T", positions_T, rows),
         ints("kv_slot_T", kv_slot_T, rows),
-        dense("k_slab", k_slab, n_kv, blocks, dim, 16), dense("v_slab", v_slab, n_kv, blocks, 16, dim),
-        dense("q_out_TQD", q_out_TQD, rows, n_q, dim), q_norm, k_norm, rows,
-        row_stride("qkv_TC", qkv_TC, rows, (n_q + 2 * n_kv) * dim), n_q * dim, blocks * dim * 16, n_q, n_kv, dim, eps,
-        max_position, blocks * 16,
+        k, v, dense("q_out_TQD", q_out_TQD, rows, n_q, dim), q_norm, k_norm, kind, rows,
+        row_stride("qkv_TC", qkv_TC, rows, (n_q + 2 * n_kv) * dim), n_q * dim, blocks * block_elements, n_q, n_kv, dim,
+        eps, max_position, blocks * 16,
     )  # fmt: skip
     return None
 

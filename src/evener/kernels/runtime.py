@@ -9,12 +9,15 @@ from evener.kernels import _native
 
 
 def isa() -> str:
-    """The instruction set in use: `generic`, `avx2` or `avx512`; the processor's best unless EVENER_ISA says."""
+    """The instruction set in use: `generic`, `avx2`, `avx512` or `avx512vnni` (avx512 but for int8 products).
+
+    It is the processor's best unless EVENER_ISA says otherwise.
+    """
     return _native.isa()
 
 
 def set_isa(name: str) -> None:
-    """Use `name` (`generic`, `avx2`, `avx512`; empty: the best there is) from now on. Raises InvalidInput."""
+    """Use this instruction set from now on; empty: the best there is. Raises InvalidInput."""
     if not _native.choose_isa(name):
         raise InvalidInput(
             f"EVENER_ISA={name!r} cannot run on this processor; it supports {_native.supported_isas()} "

@@ -51,12 +51,12 @@ class StageModel:
     ) -> None:
         """Load this shard's weights and nothing more. `rank` is the shard's place in the stage's group.
 
+        `dtype` is that of the matrices: float32, bfloat16 or int8 (`kernels.pack_weight`); activations are fp32.
         `max_position` bounds the positions that will be run (None: all that the model has), and so the rotary tables.
 
         Raises InvalidInput for a dtype that is not computed in, UnsupportedModel when a weight cannot be read.
         """
-        if dtype != torch.float32:
-            raise InvalidInput(f"dtype {dtype} is not supported; supported: torch.float32")
+        _check_dtype(dtype, device, spec, stage)
         self.spec, self.stage, self.shard, self.rank = spec, stage, shard, rank
         self.device = torch.device(device)
         read = Reader(source, dtype, self.device)
@@ -72,9 +72,9 @@ class StageModel:
         self._scale = spec.head_dim**-0.5
         self._kv: KVSlabs | None = None
 
-    def allocate_kv(self, n_blocks: int) -> KVSlabs:
-        """Allocate (or replace) this shard's part of `n_blocks` KV blocks."""
-        self._kv = KVSlabs(len(self.layers), self.n_kv, n_blocks, self.spec.head_dim, self.device)
+    def allocate_kv(self, n_blocks: int, dtype: torch.dtype = torch.float32) -> KVSlabs:
+        """Allocate (or replace) this shard's part of `n_blocks` KV blocks: float32, bfloat16 or int8."""
+        self._kv = KVSlabs(len(self.layers), self.n_kv, n_blocks, self.spec.head_dim, self.device, dtype)
         return self._kv
 
     def embed(self, tokens_T: torch.Tensor, group: Group | None) -> torch.Tensor:
@@ -151,6 +151,18 @@ class StageModel:
         """The part of a shard that computes nothing here, and still joins the sum."""
         zeros_TH = torch.zeros_like(like_TH)
         return zeros_TH if bias_H is None else zeros_TH + bias_H
+
+
+def _check_dtype(dtype: torch.dtype, device: torch.device | str, spec: ModelSpec, stage: Stage) -> None:
+    cpu = torch.device(device).type == "cpu"
+    known = (torch.float32, torch.bfloat16, torch.int8) if cpu else (torch.float32,)
+    if dtype not in known:
+        raise InvalidInput(f"dtype {dtype} is not supported on {device}; supported: {', '.join(map(str, known))}")
+    if dtype is torch.int8 and len(stage.shards) > 1 and spec.quant_group % kernels.QUANT_GROUP:
+        raise InvalidInput(
+            f"an int8 stage of {len(stage.shards)} shards needs cuts on multiples of {kernels.QUANT_GROUP}, the plan "
+            f"was checked for {spec.quant_group}; set the model's quant_group"
+        )
 
 
 def _sum(t: torch.Tensor, group: Group | None) -> None:

@@ -37,25 +37,29 @@ class LayerWeights(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """Reads and fuses pieces of tensors onto a device."""
+    """Reads and fuses pieces of tensors onto a device: matrices in `dtype`, norms and biases in fp32."""
 
     source: ModelSource
     dtype: torch.dtype
     device: torch.device
 
     def one(self, name: str, rows: Interval | None = None, cols: Interval | None = None) -> torch.Tensor:
-        """[rows, cols) of one tensor."""
-        return self.source.read(name, rows, cols, self.dtype).to(self.device)
+        """[rows, cols) of one tensor, fp32."""
+        return self.source.read(name, rows, cols).to(self.device)
 
     def fused(self, parts: list[tuple[str, Interval]], *trailing: int) -> torch.Tensor:
-        """Rows of several tensors one below the other, read one at a time. `trailing`: the shape of a row."""
-        out = torch.empty(sum(size(rows) for _, rows in parts), *trailing, dtype=self.dtype, device=self.device)
+        """Rows of several tensors one below the other, fp32, read one at a time. `trailing`: the shape of a row."""
+        out = torch.empty(sum(size(rows) for _, rows in parts), *trailing, device=self.device)
         at = 0
         for name, rows in parts:
             if n := size(rows):
-                out[at : at + n] = self.source.read(name, rows, None, self.dtype)
+                out[at : at + n] = self.source.read(name, rows)
             at += n
         return out
+
+    def packed(self, weight_NK: torch.Tensor) -> PackedWeight:
+        """The matrix as products take it, rounded or quantised to `dtype`."""
+        return pack_weight(weight_NK, self.dtype)
 
 
 def load_layer(read: Reader, spec: ModelSpec, layer: int, shard: Shard, rank: int) -> LayerWeights:
@@ -76,16 +80,16 @@ def load_layer(read: Reader, spec: ModelSpec, layer: int, shard: Shard, rank: in
     first = rank == 0
     return LayerWeights(
         attn_norm_H=read.one(name("input_layernorm.weight")),
-        qkv_CH=pack_weight(read.fused(qkv("weight"), spec.hidden)),
+        qkv_CH=read.packed(read.fused(qkv("weight"), spec.hidden)),
         qkv_bias_C=read.fused(qkv("bias")) if spec.qkv_bias else None,
         q_norm_D=read.one(name("self_attn.q_norm.weight")) if spec.qk_norm else None,
         k_norm_D=read.one(name("self_attn.k_norm.weight")) if spec.qk_norm else None,
-        o_HQ=pack_weight(read.one(name("self_attn.o_proj.weight"), None, q)),
+        o_HQ=read.packed(read.one(name("self_attn.o_proj.weight"), None, q)),
         o_bias_H=read.one(name("self_attn.o_proj.bias")) if spec.o_bias and first else None,
         mlp_norm_H=read.one(name("post_attention_layernorm.weight")),
-        gate_up_FH=pack_weight(read.fused(gate_up("weight"), spec.hidden)),
+        gate_up_FH=read.packed(read.fused(gate_up("weight"), spec.hidden)),
         gate_up_bias_F=read.fused(gate_up("bias")) if spec.mlp_bias else None,
-        down_HF=pack_weight(read.one(name("mlp.down_proj.weight"), None, shard.ffn)),
+        down_HF=read.packed(read.one(name("mlp.down_proj.weight"), None, shard.ffn)),
         down_bias_H=read.one(name("mlp.down_proj.bias")) if spec.mlp_bias and first else None,
     )
 
@@ -112,12 +116,12 @@ def load_ends(read: Reader, spec: ModelSpec, shard: Shard, first_stage: bool, la
     norm_H = read.one(FINAL_NORM) if last_stage else None
     if first_stage and last_stage and spec.tied and max(embed[0], head[0]) < min(embed[1], head[1]):
         low = min(embed[0], head[0])
-        both = pack_weight(read.one(EMBED, (low, max(embed[1], head[1]))))
+        both = read.packed(read.one(EMBED, (low, max(embed[1], head[1]))))
         weight, start = both.part(head[0] - low, head[1] - low)
         return EndWeights(Table(both, embed[0] - low, size(embed)), norm_H, Table(weight, start, size(head)))
 
     def table(name: str, rows: Interval) -> Table:
-        return Table(pack_weight(read.one(name, rows)), 0, size(rows))
+        return Table(read.packed(read.one(name, rows)), 0, size(rows))
 
     return EndWeights(
         table(EMBED, embed) if first_stage else None,

@@ -123,8 +123,10 @@ class Probe:
             shapes = [(hidden * 5 // 3, hidden), (hidden, hidden), (2 * ffn, hidden), (hidden, ffn)]
             kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}[dtype]
             layer_bytes = sum(n * k for n, k in shapes) * kind.itemsize
+            # On the CPU weights are made from fp32, as the workers make them.
+            made = torch.float32 if not self.cuda else kind
             layers = [
-                [kernels.pack_weight(torch.ones(shape, dtype=kind, device=self.device)) for shape in shapes]
+                [kernels.pack_weight(torch.ones(shape, dtype=made, device=self.device), kind) for shape in shapes]
                 for _ in range(-(-self.pool_bytes // layer_bytes))
             ]
             self._weights = (dtype, layers)
@@ -135,8 +137,9 @@ class Probe:
 
         torch = self.torch
         pool = self._pool(dtype)
-        inputs = [torch.ones((rows, w.k), dtype=w.data.dtype, device=self.device) for w in pool[0]]
-        if dtype == "int8":
+        taken = pool[0][0].data.dtype if self.cuda else torch.float32
+        inputs = [torch.ones((rows, w.k), dtype=taken, device=self.device) for w in pool[0]]
+        if dtype == "int8" and self.cuda:
             if not hasattr(torch, "_int_mm"):
                 raise Unavailable("this torch has no int8 GEMM")
             call: Callable[[Any, Any], Any] = lambda x, w: torch._int_mm(x, w.data.t())  # noqa: E731

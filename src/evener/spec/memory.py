@@ -4,7 +4,7 @@ from msgspec import Struct
 
 from evener.errors import InvalidPlan
 from evener.spec.cluster import Cluster
-from evener.spec.model import DTYPE_BYTES, ModelSpec
+from evener.spec.model import DTYPE_BYTES, QUANT_GROUP, ModelSpec, kv_token_bytes
 from evener.spec.plan import Replica, Shard, Stage, size
 from evener.units import Bytes, human_bytes
 
@@ -21,27 +21,37 @@ class MemoryConfig(Struct, frozen=True):
     block_tokens: int = BLOCK_TOKENS
 
 
+def matrix_bytes(n: int, k: int, dtype: str) -> Bytes:
+    """Bytes of a weight of n outputs and k inputs. In int8 every group of inputs of every output has a scale, and with
+    VNNI instructions a sum beside it, counted here whatever the processor."""
+    if dtype == "int8":
+        return Bytes(n * -(-k // QUANT_GROUP) * (QUANT_GROUP + 8))
+    return Bytes(n * k * DTYPE_BYTES[dtype])
+
+
 def weight_bytes(shard: Shard, stage: Stage, model: ModelSpec, dtype: str) -> Bytes:
-    """Bytes of weights that a shard holds. A tied embedding that covers the head rows counts once."""
+    """Bytes of weights that a shard holds: matrices in `dtype`, norms and biases in fp32. A tied embedding that covers
+    the head rows counts once."""
     kv_a, kv_b = shard.kv_heads(model)
-    attn = model.hidden * model.head_dim * (2 * size(shard.heads) + 2 * (kv_b - kv_a))
-    mlp = 3 * model.hidden * size(shard.ffn)
+    q, kv, ffn = model.head_dim * size(shard.heads), model.head_dim * (kv_b - kv_a), size(shard.ffn)
+    matrices = ((q + 2 * kv, model.hidden), (model.hidden, q), (2 * ffn, model.hidden), (model.hidden, ffn))
+    layer = sum(matrix_bytes(n, k, dtype) for n, k in matrices)
     norms = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0)
     biases = model.head_dim * (size(shard.heads) + 2 * (kv_b - kv_a)) if model.qkv_bias else 0
     biases += model.hidden if model.o_bias else 0
     biases += 2 * size(shard.ffn) + model.hidden if model.mlp_bias else 0
-    layers = size(stage.layers) * (attn + mlp + norms + biases)
+    layers = size(stage.layers) * (layer + DTYPE_BYTES["fp32"] * (norms + biases))
     rows = size(shard.embed_rows) + size(shard.head_rows)
     if model.tied:
         lo, hi = max(shard.embed_rows[0], shard.head_rows[0]), min(shard.embed_rows[1], shard.head_rows[1])
         rows -= max(0, hi - lo)
-    return Bytes((layers + rows * model.hidden) * DTYPE_BYTES[dtype])
+    return Bytes(layers + matrix_bytes(rows, model.hidden, dtype))
 
 
 def block_bytes(shard: Shard, stage: Stage, model: ModelSpec, config: MemoryConfig) -> Bytes:
     """Bytes of one KV block on a shard: K and V, its layers, its KV heads."""
     kv_a, kv_b = shard.kv_heads(model)
-    per_token = 2 * size(stage.layers) * (kv_b - kv_a) * model.head_dim * DTYPE_BYTES[config.kv_dtype]
+    per_token = 2 * size(stage.layers) * (kv_b - kv_a) * kv_token_bytes(model.head_dim, config.kv_dtype)
     return Bytes(per_token * config.block_tokens)
 
 

@@ -6,6 +6,19 @@ from evener.units import Bytes
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 
+QUANT_GROUP = 64
+"""Inputs of an int8 product that share a scale (`evener.kernels.QUANT_GROUP`)."""
+
+
+def quant_group(dtype: str) -> int:
+    """What cuts of the inputs of a split layer must be multiples of, for weights of this dtype."""
+    return QUANT_GROUP if dtype == "int8" else 1
+
+
+def kv_token_bytes(head_dim: int, kv_dtype: str) -> int:
+    """Bytes of one token's K or V of one head. In int8 each has an fp32 scale."""
+    return head_dim * DTYPE_BYTES[kv_dtype] + (4 if kv_dtype == "int8" else 0)
+
 
 class RopeScaling(Struct, frozen=True):
     """`rope_type: llama3` scaling (Llama 3.1, transformers `_compute_llama3_parameters`)."""
@@ -61,4 +74,4 @@ class ModelSpec(Struct, frozen=True):
 
     def kv_bytes_per_token(self, kv_dtype: str = "fp32") -> Bytes:
         """Bytes of K and V for one token over all layers and KV heads."""
-        return Bytes(2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[kv_dtype])
+        return Bytes(2 * self.layers * self.kv_heads * kv_token_bytes(self.head_dim, kv_dtype))

@@ -20,6 +20,7 @@ class LiveConfig(Struct, frozen=True):
 
     model_path: str
     dtype: str = "fp32"
+    kv_dtype: str = "fp32"
     max_model_len: int = 2048
     max_top_logprobs: int = 20
     start_timeout: Seconds = Seconds(120.0)
@@ -70,6 +71,7 @@ def worker_configs(
                     links=cluster.links,
                     epoch=plan.epoch,
                     dtype=config.dtype,
+                    kv_dtype=config.kv_dtype,
                     kv_blocks=kv_blocks[r],
                     block_tokens=brain.block_tokens,
                     max_num_seqs=brain.max_num_seqs,

@@ -32,6 +32,7 @@ class WorkerConfig(Struct, frozen=True):
     links: tuple[Link, ...]
     epoch: int
     dtype: str
+    kv_dtype: str
     kv_blocks: int
     block_tokens: int
     max_num_seqs: int

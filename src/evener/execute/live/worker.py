@@ -34,7 +34,7 @@ from evener.model.source import open_model
 from evener.spec.memory import weight_bytes
 from evener.units import Nanoseconds, Seconds
 
-_TORCH_DTYPE = {"fp32": torch.float32}
+_TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def _die_with_parent() -> None:
@@ -68,7 +68,7 @@ def load(config: WorkerConfig) -> Loaded:
         open_model(config.model), config.spec, stage, shard, first_stage=first, last_stage=last, rank=config.rank,
         dtype=_TORCH_DTYPE[config.dtype], device="cpu", max_position=config.max_model_len,
     )  # fmt: skip
-    kv = model.allocate_kv(config.kv_blocks)
+    kv = model.allocate_kv(config.kv_blocks, _TORCH_DTYPE[config.kv_dtype])
     pace = Pace(device.slowdown)
     spans: SpanMaker | None = None
     if config.ledger:

@@ -4,6 +4,9 @@
 // The arithmetic of a row is the same in every tile: keys in tiles of KEY_TILE at absolute positions; scores summed over
 // the head dimension in order; values summed over keys in order; masked keys have weight exactly 0. So a row's result
 // does not depend on its neighbours, on how its prompt was cut into chunks, or on the number of threads.
+//
+// T is what the cache holds: float, bf16, or int8_t with a scale per token. A key's scale multiplies its score, a value's
+// its weight, so that products are of the integers themselves.
 #pragma once
 
 namespace {
@@ -47,46 +50,65 @@ EVENER_INLINE void outer_product(vf (&sum)[R][V], Row&& of_row, Column&& of_colu
 
 EVENER_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
+// Runs of 16 elements in a cache line.
+template <typename T>
+constexpr int RUNS = 4 / sizeof(T);
+
+// The scales of a block's 16 tokens (int8).
+EVENER_INLINE const float* scales_of(const int8_t* block, int64_t dim) {
+  return reinterpret_cast<const float*>(block + BLOCK * dim);
+}
+
 // s[r][16 j + key] = sum_d q[d][r] * k[j][d][key] for blocks j in [0, N). `next` (or nullptr): blocks to fetch ahead.
-template <int R, int N, bool AHEAD>
-EVENER_INLINE void scores_of(const float* q, const float* const* k, const float* const* next, int64_t dim, float* s) {
+template <int R, int N, bool AHEAD, typename T>
+EVENER_INLINE void scores_of(const float* q, const T* const* k, const T* const* next, int64_t dim, float* s) {
   vf sum[R][N * LANES] = {};
-  for (int64_t d = 0; d < dim; ++d) {
+  if (AHEAD && sizeof(T) == 1) {
+    EVENER_UNROLL for (int j = 0; j < N; ++j) prefetch(next[j] + dim * BLOCK);
+  }
+  for (int64_t run = 0; run < dim; run += RUNS<T>) {
     if (AHEAD) {
-      EVENER_UNROLL for (int j = 0; j < N; ++j) prefetch(next[j] + d * BLOCK);
+      EVENER_UNROLL for (int j = 0; j < N; ++j) prefetch(next[j] + run * BLOCK);
     }
-    outer_product(
-        sum, [&](int r) EVENER_INLINED { return set1(q[d * R + r]); },
-        [&](int v) EVENER_INLINED { return load(k[v / LANES] + d * BLOCK + v % LANES * W); });
+    EVENER_UNROLL for (int64_t d = run; d < run + RUNS<T>; ++d)
+      outer_product(
+          sum, [&](int r) EVENER_INLINED { return set1(q[d * R + r]); },
+          [&](int v) EVENER_INLINED { return load(k[v / LANES] + d * BLOCK + v % LANES * W); });
+  }
+  if constexpr (sizeof(T) == 1) {
+    EVENER_UNROLL for (int v = 0; v < N * LANES; ++v) {
+      vf scale = load(scales_of(k[v / LANES], dim) + v % LANES * W);
+      EVENER_UNROLL for (int r = 0; r < R; ++r) sum[r][v] *= scale;
+    }
   }
   EVENER_UNROLL for (int r = 0; r < R; ++r) {
     EVENER_UNROLL for (int v = 0; v < N * LANES; ++v) store(s + r * KEY_TILE + v * W, sum[r][v]);
   }
 }
 
-template <int R, bool AHEAD>
-void scores(const float* q, const float* const* k, const float* const* next, int blocks, int64_t dim, float* s) {
+template <int R, bool AHEAD, typename T>
+void scores(const float* q, const T* const* k, const T* const* next, int blocks, int64_t dim, float* s) {
   constexpr int N = wide(R);
   int j = 0;
-  for (; j + N <= blocks; j += N) scores_of<R, N, AHEAD>(q, k + j, next + j, dim, s + j * BLOCK);
+  for (; j + N <= blocks; j += N) scores_of<R, N, AHEAD, T>(q, k + j, next + j, dim, s + j * BLOCK);
   if (N > 1)
-    for (; j < blocks; ++j) scores_of<R, 1, AHEAD>(q, k + j, next + j, dim, s + j * BLOCK);
+    for (; j < blocks; ++j) scores_of<R, 1, AHEAD, T>(q, k + j, next + j, dim, s + j * BLOCK);
 }
 
 // out[r][d] += sum_key p[r][key] * v[key][d] for 16 N columns from d = first.
-template <int R, int N, bool AHEAD>
-EVENER_INLINE void values_of(const float* p, const float* const* v, const float* const* next, int keys, int64_t dim,
-                             int64_t first, float* out) {
+template <int R, int N, bool AHEAD, typename T>
+EVENER_INLINE void values_of(const float* p, const T* const* v, const T* const* next, int keys, int64_t dim, int64_t first,
+                             float* out) {
   vf sum[R][N * LANES];
   EVENER_UNROLL for (int r = 0; r < R; ++r) {
     EVENER_UNROLL for (int c = 0; c < N * LANES; ++c) sum[r][c] = load(out + r * dim + first + c * W);
   }
   int64_t key = 0;
   do {  // at least one key: with a test before the loop gcc spills the sums
-    const float* from = v[key / BLOCK] + key % BLOCK * dim + first;
-    if (AHEAD) {  // as many lines as are read, but in the order of memory
-      const float* ahead = next[key / BLOCK] + first * BLOCK + key % BLOCK * (16 * N);
-      EVENER_UNROLL for (int c = 0; c < N; ++c) prefetch(ahead + c * 16);
+    const T* from = v[key / BLOCK] + key % BLOCK * dim + first;
+    if (AHEAD && key % RUNS<T> == 0) {  // as many lines as are read, but in the order of memory
+      const T* ahead = next[key / BLOCK] + first * BLOCK + key % BLOCK * (16 * N);
+      EVENER_UNROLL for (int c = 0; c < N; ++c) prefetch(ahead + c * 16 * RUNS<T>);
     }
     outer_product(
         sum, [&](int r) EVENER_INLINED { return set1(p[r * KEY_TILE + key]); },
@@ -97,38 +119,45 @@ EVENER_INLINE void values_of(const float* p, const float* const* v, const float*
   }
 }
 
-template <int R, bool AHEAD>
-void values(const float* p, const float* const* v, const float* const* next, int keys, int64_t dim, float* out) {
+template <int R, bool AHEAD, typename T>
+void values(const float* p, const T* const* v, const T* const* next, int keys, int64_t dim, float* out) {
   constexpr int N = wide(R);
   int64_t d = 0;
-  for (; d + 16 * N <= dim; d += 16 * N) values_of<R, N, AHEAD>(p, v, next, keys, dim, d, out);
+  for (; d + 16 * N <= dim; d += 16 * N) values_of<R, N, AHEAD, T>(p, v, next, keys, dim, d, out);
   if (N > 1)
-    for (; d < dim; d += 16) values_of<R, 1, AHEAD>(p, v, next, keys, dim, d, out);
+    for (; d < dim; d += 16) values_of<R, 1, AHEAD, T>(p, v, next, keys, dim, d, out);
 }
 
-typedef void (*PanelKernel)(const float*, const float* const*, const float* const*, int, int64_t, float*);
+constexpr int FEW = 6;
+
+template <typename T>
 struct PanelKernels {
-  PanelKernel scores[PANEL + 1], values[PANEL + 1];
+  typedef void (*Kernel)(const float*, const T* const*, const T* const*, int, int64_t, float*);
+  Kernel scores[PANEL + 1], values[PANEL + 1];
 };
 
-template <int R, bool AHEAD>
-constexpr void fill(PanelKernels& k) {
+template <int R, bool AHEAD, typename T>
+constexpr void fill(PanelKernels<T>& k) {
   if constexpr (R > 0) {
-    k.scores[R] = scores<R, AHEAD>;
-    k.values[R] = values<R, AHEAD>;
+    k.scores[R] = scores<R, AHEAD && R <= FEW, T>;
+    k.values[R] = values<R, AHEAD && R <= FEW, T>;
     fill<R - 1, AHEAD>(k);
   }
 }
 
-template <bool AHEAD>
-constexpr PanelKernels panels() {
-  PanelKernels k{};
+template <bool AHEAD, typename T>
+constexpr PanelKernels<T> panels() {
+  PanelKernels<T> k{};
   fill<PANEL, AHEAD>(k);
   return k;
 }
 
 // The first panel to use a tile of keys fetches the next tile meanwhile: a decoding row reads each key once, from memory.
-constexpr PanelKernels COLD = panels<true>(), WARM = panels<false>();
+// With more rows than a few memory keeps up by itself.
+template <typename T>
+constexpr PanelKernels<T> COLD = panels<true, T>();
+template <typename T>
+constexpr PanelKernels<T> WARM = panels<false, T>();
 
 // A row of a key tile: hide the scores from `valid` on, and return the maximum of the others (valid >= 1).
 EVENER_INLINE float maximum_of(float* s, int valid, int blocks) {
@@ -187,6 +216,7 @@ EVENER_INLINE void softmax(float* s, int first, int end, int blocks, int64_t dim
   }
 }
 
+template <typename T>
 void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
   const int64_t dim = a.head_dim;
   const int rows = t.tokens * t.heads;
@@ -208,16 +238,17 @@ void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scrat
   }
   __builtin_memset(run.out, 0, rows * dim * sizeof(float));
 
-  const float *k_head = a.k_slab + t.kv_head * a.slab_head_stride, *v_head = a.v_slab + t.kv_head * a.slab_head_stride;
+  const int64_t head = t.kv_head * a.slab_head_stride, block_size = block_elements<T>(dim);
+  const T *k_head = static_cast<const T*>(a.k_slab) + head, *v_head = static_cast<const T*>(a.v_slab) + head;
   const int limit = t.position + t.tokens;  // keys the last token reads
   const int n_blocks = (limit + BLOCK - 1) / BLOCK;
   for (int key = 0; key < limit; key += KEY_TILE) {
-    const float *k[4], *v[4], *k_next[4], *v_next[4];
+    const T *k[4], *v[4], *k_next[4], *v_next[4];
     for (int j = 0; j < KEY_TILE / BLOCK; ++j) {
       int block = key / BLOCK + j, next = block + KEY_TILE / BLOCK;
       if (block >= n_blocks) block = n_blocks - 1;
       if (next >= n_blocks) next = block;
-      int64_t at = int64_t(t.table[block]) * BLOCK * dim, at_next = int64_t(t.table[next]) * BLOCK * dim;
+      int64_t at = int64_t(t.table[block]) * block_size, at_next = int64_t(t.table[next]) * block_size;
       k[j] = k_head + at, v[j] = v_head + at, k_next[j] = k_head + at_next, v_next[j] = v_head + at_next;
     }
     // Keys of this tile that the last token of a panel reads.
@@ -229,13 +260,19 @@ void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scrat
       int r = rows - first < panel ? rows - first : panel, keys = keys_of(first, r);
       if (keys <= 0) continue;
       int blocks = (keys + BLOCK - 1) / BLOCK;
-      (first ? WARM : COLD).scores[r](q + first * dim, k, k_next, blocks, dim, p + first * KEY_TILE);
+      (first ? WARM<T> : COLD<T>).scores[r](q + first * dim, k, k_next, blocks, dim, p + first * KEY_TILE);
       softmax(p, first, first + r, blocks, dim, run, [&](int i) { return t.position + i / t.heads + 1 - key; });
+      if constexpr (sizeof(T) == 1) {
+        for (int j = 0; j < blocks * LANES; ++j) {
+          vf scale = load(scales_of(v[j / LANES], dim) + j % LANES * W);
+          for (int i = first; i < first + r; ++i) store(p + i * KEY_TILE + j * W, load(p + i * KEY_TILE + j * W) * scale);
+        }
+      }
     }
     for (int first = 0; first < rows; first += panel) {
       int r = rows - first < panel ? rows - first : panel, keys = keys_of(first, r);
       if (keys > 0)
-        (first ? WARM : COLD).values[r](p + first * KEY_TILE, v, v_next, keys, dim, run.out + first * dim);
+        (first ? WARM<T> : COLD<T>).values[r](p + first * KEY_TILE, v, v_next, keys, dim, run.out + first * dim);
     }
   }
   for (int i = 0; i < rows; ++i) {

@@ -1,11 +1,15 @@
 // The kernels of one instruction set. Compiled several times, see kernels.cmake. No std templates in here.
 #include "vec.h"
 
+#include "narrow.h"
+
 #include "kernels.h"
 
 #include "rows.h"
 
 #include "gemm.h"
+
+#include "gemm8.h"
 
 #include "attention.h"
 
@@ -14,6 +18,20 @@
 namespace evener {
 namespace EVENER_ISA {
 extern const Kernels kernels;
-const Kernels kernels = {norm_rows, rope_rows, silu_rows, NR, gemm_panels, attention_tile, max_of, gumbel_best, noise_of, sum_exp, top_of};
+const Kernels kernels = {
+    norm_rows,
+    {rope_rows<float>, rope_rows<bf16>, rope_rows<int8_t>},
+    silu_rows,
+    NR,
+    gemm_panels<float>,
+    gemm_panels<bf16>,
+    int8_kernels,
+    {attention_tile<float>, attention_tile<bf16>, attention_tile<int8_t>},
+    max_of,
+    gumbel_best,
+    noise_of,
+    sum_exp,
+    top_of,
+};
 }  // namespace EVENER_ISA
 }  // namespace evener

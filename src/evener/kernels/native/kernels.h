@@ -8,6 +8,7 @@ namespace evener {
 constexpr int BLOCK = 16;      // tokens in a KV block
 constexpr int KEY_TILE = 64;   // keys between two rescalings of the online softmax, at fixed absolute positions
 constexpr int MAX_ROWS = 48;   // (token, query head) rows of one attention tile
+constexpr int GROUP = 64;      // inputs that share a scale in int8 products
 
 struct NormArgs {
   const float* x;
@@ -19,10 +20,14 @@ struct NormArgs {
   float eps;
 };
 
+// What a KV cache holds. INT8: a block of a head is 16 x head_dim values, then a scale for each of its 16 tokens.
+enum class Kv { FP32, BF16, INT8 };
+
 struct RopeArgs {
   const float *qkv, *cos, *sin;
   const int32_t *positions, *kv_slot;
-  float *k_slab, *v_slab, *q_out;
+  void *k_slab, *v_slab;
+  float* q_out;
   const float *q_norm, *k_norm;  // nullptr: no norm per head
   int64_t qkv_stride, q_out_stride, slab_head_stride, n_q, n_kv, head_dim;
   float eps;
@@ -35,13 +40,39 @@ struct SiluArgs {
 };
 
 struct GemmArgs {
-  const float *x, *packed, *bias;  // bias: nullptr, or n
+  const float *x, *bias;  // bias: nullptr, or n
+  const void* packed;     // fp32 or bf16
   float* out;
   int64_t m, n, k, x_stride, out_stride;
 };
 
+// x [m, k] to inputs of an int8 product, [m, groups * GROUP], and their scales [m, groups].
+struct QuantizeArgs {
+  const float* x;
+  int64_t k, x_stride;
+  void* out;
+  float* scales;
+};
+
+// weight [n, k] to panels of int8 cells, [ceil(n / columns)][ceil(k / GROUP)][cell bytes].
+struct Pack8Args {
+  const float* weight;
+  int8_t* packed;
+  int64_t n, k, stride;
+};
+
+struct Gemm8Args {
+  const void* x;
+  const float* x_scale;
+  const int8_t* packed;
+  const float* bias;  // nullptr, or n
+  float* out;
+  int64_t m, n, k, out_stride;
+};
+
 struct AttentionArgs {
-  const float *q, *k_slab, *v_slab;
+  const float* q;
+  const void *k_slab, *v_slab;
   float* out;
   int64_t q_stride, out_stride, slab_head_stride, head_dim;
   float scale;
@@ -62,14 +93,24 @@ struct Best {
   int64_t index;
 };
 
+struct Int8Kernels {
+  int cell_bytes, input_bytes;  // of an int8 cell; of a quantised input
+  void (*quantize)(const QuantizeArgs&, int64_t row, int64_t end);
+  void (*pack)(const Pack8Args&, int64_t panel, int64_t end);
+  void (*unpack)(const int8_t* packed, const int64_t* index, int64_t rows, int64_t k, float* out);
+  void (*gemm)(const Gemm8Args&, int64_t panel, int64_t end);
+};
+
 struct Kernels {
   void (*norm)(const NormArgs&, int64_t row, int64_t end);
-  void (*rope)(const RopeArgs&, int64_t row, int64_t end);
+  void (*rope[3])(const RopeArgs&, int64_t row, int64_t end);  // by Kv
   void (*silu_mul)(const SiluArgs&, int64_t row, int64_t end);
   int gemm_columns;  // of a panel: packed is [ceil(n / columns)][k][columns]
   void (*gemm)(const GemmArgs&, int64_t panel, int64_t end);
+  void (*gemm_bf16)(const GemmArgs&, int64_t panel, int64_t end);
+  Int8Kernels int8;
   // `scratch`: attention_scratch_floats, aligned to 64 bytes.
-  void (*attention)(const AttentionArgs&, const AttentionTile&, float* scratch);
+  void (*attention[3])(const AttentionArgs&, const AttentionTile&, float* scratch);  // by Kv
   float (*max)(const float* x, int64_t n);
   // The best noisy score and its index, {-inf, 0} where nothing passes; see gumbel_argmax in reference.py.
   Best (*gumbel)(const float* x, int64_t n, float inv_temperature, uint32_t key_lo, uint32_t key_hi, uint32_t first,
@@ -89,6 +130,9 @@ extern const Kernels kernels;
 }
 namespace avx512 {
 extern const Kernels kernels;
+}
+namespace avx512vnni {  // otherwise as avx512
+extern const Int8Kernels kernels;
 }
 #endif
 

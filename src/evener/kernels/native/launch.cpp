@@ -35,6 +35,9 @@ const std::vector<Isa>& isas() {
               has(__builtin_cpu_supports("avx512vl"));
     v.push_back({"avx2", &avx2::kernels, v3});
     v.push_back({"avx512", &avx512::kernels, v4});
+    static Kernels vnni = avx512::kernels;
+    vnni.int8 = avx512vnni::kernels;
+    v.push_back({"avx512vnni", &vnni, v4 && has(__builtin_cpu_supports("avx512vnni"))});
 #endif
     return v;
   }();
@@ -81,6 +84,16 @@ void over_chunks(int64_t rows, int64_t width, F&& body) {
   });
 }
 
+// body(first, end) over ranges of the panels of n columns.
+template <typename F>
+void over_panels(int64_t n, F&& body) {
+  int64_t columns = use().gemm_columns, panels = (n + columns - 1) / columns;
+  if (threads() == 1) return body(int64_t(0), panels);
+  // A few tasks per thread, so that a thread that lost its core for a while does not hold up the others.
+  int64_t tasks = panels < 4 * threads() ? panels : 4 * threads();
+  parallel_for(tasks, [&](int64_t i) { body(panels * i / tasks, panels * (i + 1) / tasks); });
+}
+
 // One step of SplitMix64 (Steele, Lea and Flood 2014).
 uint64_t mix(uint64_t z) {
   z += 0x9e3779b97f4a7c15u;
@@ -123,10 +136,12 @@ void norm(const NormArgs& a, int64_t rows) {
   over_rows(rows, a.width, [&](int64_t first, int64_t end) { use().norm(a, first, end); });
 }
 
-void rope(const RopeArgs& a, int64_t rows, int64_t max_position, int64_t slots) {
+void rope(const RopeArgs& a, Kv kv, int64_t rows, int64_t max_position, int64_t slots) {
   check_range("positions", a.positions, rows, 0, max_position);
   check_range("kv_slot", a.kv_slot, rows, -1, slots);
-  over_rows(rows, (a.n_q + 2 * a.n_kv) * a.head_dim, [&](int64_t first, int64_t end) { use().rope(a, first, end); });
+  over_rows(rows, (a.n_q + 2 * a.n_kv) * a.head_dim, [&](int64_t first, int64_t end) {
+    use().rope[int(kv)](a, first, end);
+  });
 }
 
 void silu_mul(const SiluArgs& a, int64_t rows) {
@@ -135,15 +150,36 @@ void silu_mul(const SiluArgs& a, int64_t rows) {
 
 int gemm_columns() { return use().gemm_columns; }
 
-void gemm(const GemmArgs& a) {
-  int64_t columns = use().gemm_columns, panels = (a.n + columns - 1) / columns;
-  if (threads() == 1) return use().gemm(a, 0, panels);
-  // A few tasks per thread, so that a thread that lost its core for a while does not hold up the others.
-  int64_t tasks = panels < 4 * threads() ? panels : 4 * threads();
-  parallel_for(tasks, [&](int64_t i) { use().gemm(a, panels * i / tasks, panels * (i + 1) / tasks); });
+void gemm(const GemmArgs& a, bool bf16) {
+  auto kernel = bf16 ? use().gemm_bf16 : use().gemm;
+  over_panels(a.n, [&](int64_t first, int64_t end) { kernel(a, first, end); });
 }
 
-void attention(const AttentionArgs& a, const Batch& b) {
+int cell_bytes() { return use().int8.cell_bytes; }
+
+void pack8(const Pack8Args& a) {
+  int64_t columns = use().gemm_columns, panels = (a.n + columns - 1) / columns;
+  parallel_for(panels, [&](int64_t i) { use().int8.pack(a, i, i + 1); });
+}
+
+void unpack8(const int8_t* packed, const int64_t* index, int64_t rows, int64_t n, int64_t k, float* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    if (index[r] < 0 || index[r] >= n)
+      throw std::invalid_argument("index_T holds " + std::to_string(index[r]) + ", outside [0, " + std::to_string(n) + ")");
+  over_rows(rows, k, [&](int64_t first, int64_t end) { use().int8.unpack(packed, index + first, end - first, k, out + first * k); });
+}
+
+void gemm8(Gemm8Args a, const float* x, int64_t x_stride) {
+  thread_local Aligned inputs;  // the caller's; helpers read it through the arguments
+  int64_t groups = (a.k + GROUP - 1) / GROUP, floats = (a.m * groups * GROUP * use().int8.input_bytes + 63) / 64 * 16;
+  float* room = inputs.at_least(floats + a.m * groups);
+  QuantizeArgs q{x, a.k, x_stride, room, room + floats};
+  over_rows(a.m, a.k, [&](int64_t first, int64_t end) { use().int8.quantize(q, first, end); });
+  a.x = q.out, a.x_scale = q.scales;
+  over_panels(a.n, [&](int64_t first, int64_t end) { use().int8.gemm(a, first, end); });
+}
+
+void attention(const AttentionArgs& a, Kv kv, const Batch& b) {
   check_range("kv_of_head", b.kv_of_head, b.heads, 0, b.kv_heads);
   thread_local std::vector<AttentionTile> tiles;
   tiles.clear();
@@ -170,7 +206,7 @@ void attention(const AttentionArgs& a, const Batch& b) {
   }
   const AttentionTile* list = tiles.data();  // the vector is the caller's; helpers have their own
   int64_t floats = attention_scratch_floats(a.head_dim);
-  parallel_for(int64_t(tiles.size()), [&](int64_t i) { use().attention(a, list[i], scratch.at_least(floats)); });
+  parallel_for(int64_t(tiles.size()), [&](int64_t i) { use().attention[int(kv)](a, list[i], scratch.at_least(floats)); });
 }
 
 void argmax(const float* x, int64_t rows, int64_t width, int64_t stride, int64_t* index, float* value) {

@@ -11,18 +11,24 @@ struct Batch {
   int64_t sequences, table_width, heads, kv_heads, blocks, rows;
 };
 
-// The instruction set in use: "generic", "avx2" or "avx512".
+// The instruction set in use: "generic", "avx2", "avx512" or "avx512vnni".
 const std::string& isa();
 // Chooses one, or with "" the best this processor runs; false if it cannot run it.
 bool choose_isa(const std::string& name);
 std::string supported_isas();
 
 void norm(const NormArgs& args, int64_t rows);
-void rope(const RopeArgs& args, int64_t rows, int64_t max_position, int64_t slots);
+void rope(const RopeArgs& args, Kv kv, int64_t rows, int64_t max_position, int64_t slots);
 void silu_mul(const SiluArgs& args, int64_t rows);
 int gemm_columns();
-void gemm(const GemmArgs& args);
-void attention(const AttentionArgs& args, const Batch& batch);
+void gemm(const GemmArgs& args, bool bf16);
+int cell_bytes();
+// Panels of int8 cells, and rows out of them.
+void pack8(const Pack8Args& args);
+void unpack8(const int8_t* packed, const int64_t* index, int64_t rows, int64_t n, int64_t k, float* out);
+// x is fp32, [m, k] with rows x_stride apart; args.x and args.x_scale are set here.
+void gemm8(Gemm8Args args, const float* x, int64_t x_stride);
+void attention(const AttentionArgs& args, Kv kv, const Batch& batch);
 void argmax(const float* x, int64_t rows, int64_t width, int64_t stride, int64_t* index, float* value);
 void gumbel_argmax(const float* x, int64_t rows, int64_t width, int64_t stride, const float* inv_temperature,
                    const uint64_t* key, uint32_t vocab_offset, const float* floor, int64_t* index, float* value);

@@ -59,13 +59,13 @@ NB_MODULE(_native, m) {
   m.def(
       "rope",
       [](uintptr_t qkv, uintptr_t cos, uintptr_t sin, uintptr_t positions, uintptr_t kv_slot, uintptr_t k_slab,
-         uintptr_t v_slab, uintptr_t q_out, uintptr_t q_norm, uintptr_t k_norm, int64_t rows, int64_t qkv_stride,
+         uintptr_t v_slab, uintptr_t q_out, uintptr_t q_norm, uintptr_t k_norm, int kv, int64_t rows, int64_t qkv_stride,
          int64_t q_out_stride, int64_t slab_head_stride, int64_t n_q, int64_t n_kv, int64_t head_dim, float eps,
          int64_t max_position, int64_t slots) {
-        rope({floats(qkv), floats(cos), floats(sin), ints(positions), ints(kv_slot), at<float>(k_slab), at<float>(v_slab),
+        rope({floats(qkv), floats(cos), floats(sin), ints(positions), ints(kv_slot), at<void>(k_slab), at<void>(v_slab),
               at<float>(q_out), floats(q_norm), floats(k_norm), qkv_stride, q_out_stride, slab_head_stride, n_q, n_kv,
               head_dim, eps},
-             rows, max_position, slots);
+             Kv(kv), rows, max_position, slots);
       },
       free);
   m.def(
@@ -78,18 +78,41 @@ NB_MODULE(_native, m) {
   m.def(
       "gemm",
       [](uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t x_stride,
+         int64_t out_stride, bool bf16) {
+        gemm({floats(x), floats(bias), at<const void>(packed), at<float>(out), m, n, k, x_stride, out_stride}, bf16);
+      },
+      free);
+  m.def("cell_bytes", &cell_bytes);
+  m.attr("GROUP") = GROUP;
+  m.def(
+      "pack8",
+      [](uintptr_t weight, uintptr_t packed, int64_t n, int64_t k, int64_t stride) {
+        pack8({floats(weight), at<int8_t>(packed), n, k, stride});
+      },
+      free);
+  m.def(
+      "unpack8",
+      [](uintptr_t packed, uintptr_t index, int64_t rows, int64_t n, int64_t k, uintptr_t out) {
+        unpack8(at<const int8_t>(packed), at<const int64_t>(index), rows, n, k, at<float>(out));
+      },
+      free);
+  m.def(
+      "gemm8",
+      [](uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t x_stride,
          int64_t out_stride) {
-        gemm({floats(x), floats(packed), floats(bias), at<float>(out), m, n, k, x_stride, out_stride});
+        gemm8({nullptr, nullptr, at<const int8_t>(packed), floats(bias), at<float>(out), m, n, k, out_stride}, floats(x),
+              x_stride);
       },
       free);
   m.def(
       "attention",
       [](uintptr_t q, uintptr_t k_slab, uintptr_t v_slab, uintptr_t out, int64_t q_stride, int64_t out_stride,
-         int64_t slab_head_stride, int64_t head_dim, float scale, uintptr_t cu, uintptr_t start, uintptr_t tables,
+         int64_t slab_head_stride, int64_t head_dim, float scale, int kv, uintptr_t cu, uintptr_t start, uintptr_t tables,
          uintptr_t kv_of_head, int64_t sequences, int64_t table_width, int64_t heads, int64_t kv_heads, int64_t blocks,
          int64_t rows) {
-        attention({floats(q), floats(k_slab), floats(v_slab), at<float>(out), q_stride, out_stride, slab_head_stride,
-                   head_dim, scale},
+        attention({floats(q), at<const void>(k_slab), at<const void>(v_slab), at<float>(out), q_stride, out_stride,
+                   slab_head_stride, head_dim, scale},
+                  Kv(kv),
                   {ints(cu), ints(start), ints(tables), ints(kv_of_head), sequences, table_width, heads, kv_heads, blocks,
                    rows});
       },

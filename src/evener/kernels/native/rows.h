@@ -71,6 +71,33 @@ EVENER_INLINE void rotate(const float* x, const float* weight, float eps, const 
 
 constexpr int64_t MAX_HEAD_DIM = 1024;  // launch.cpp refuses more
 
+// Elements of one head's block: 16 tokens, and for int8 their scales.
+template <typename T>
+constexpr int64_t block_elements(int64_t dim) {
+  return BLOCK * dim + (sizeof(T) == 1 ? BLOCK * 4 : 0);
+}
+
+// x [dim], the key or value of token `offset` of a block, into it: element d goes to first + d * step.
+EVENER_INLINE void write_token(const float* x, int64_t dim, float* block, int64_t, int64_t first, int64_t step) {
+  for (int64_t d = 0; d < dim; ++d) block[first + d * step] = x[d];
+}
+
+EVENER_INLINE void write_token(const float* x, int64_t dim, bf16* block, int64_t, int64_t first, int64_t step) {
+  for (int64_t d = 0; d < dim; ++d) block[first + d * step] = to_bf16(x[d]);
+}
+
+EVENER_INLINE void write_token(const float* x, int64_t dim, int8_t* block, int64_t offset, int64_t first, int64_t step) {
+  float scale = scale_of(x, dim, 127), inverse = inverse_of(scale);
+  int64_t d = 0;
+  for (; d + W <= dim; d += W) {
+    vi q = rounded(load(x + d) * inverse);
+    EVENER_UNROLL for (int i = 0; i < W; ++i) block[first + (d + i) * step] = int8_t(q[i]);
+  }
+  for (; d < dim; ++d) block[first + d * step] = int8_t(rounded(set1(x[d] * inverse))[0]);
+  __builtin_memcpy(block + BLOCK * dim + offset * 4, &scale, 4);
+}
+
+template <typename T>
 void rope_rows(const RopeArgs& a, int64_t row, int64_t end) {
   int64_t dim = a.head_dim;
   float rotated[MAX_HEAD_DIM];
@@ -82,12 +109,12 @@ void rope_rows(const RopeArgs& a, int64_t row, int64_t end) {
       rotate(q + h * dim, a.q_norm, a.eps, cos, sin, dim, a.q_out + row * a.q_out_stride + h * dim);
     int64_t slot = a.kv_slot[row];
     if (slot < 0) continue;
-    int64_t block = slot / BLOCK * BLOCK * dim, offset = slot % BLOCK;
-    for (int64_t h = 0; h < a.n_kv; ++h) {
+    int64_t block = slot / BLOCK * block_elements<T>(dim), offset = slot % BLOCK;
+    T *k_to = static_cast<T*>(a.k_slab) + block, *v_to = static_cast<T*>(a.v_slab) + block;
+    for (int64_t h = 0; h < a.n_kv; ++h, k_to += a.slab_head_stride, v_to += a.slab_head_stride) {
       rotate(k + h * dim, a.k_norm, a.eps, cos, sin, dim, rotated);
-      float* k_to = a.k_slab + h * a.slab_head_stride + block + offset;
-      for (int64_t d = 0; d < dim; ++d) k_to[d * BLOCK] = rotated[d];
-      __builtin_memcpy(a.v_slab + h * a.slab_head_stride + block + offset * dim, v + h * dim, dim * sizeof(float));
+      write_token(rotated, dim, k_to, offset, offset, BLOCK);
+      write_token(v + h * dim, dim, v_to, offset, offset * dim, 1);
     }
   }
 }

@@ -7,6 +7,8 @@
 #endif
 
 #define EVENER_INLINE static inline __attribute__((always_inline))
+// For large bodies: inlined into one function, register allocation takes minutes.
+#define EVENER_OUTLINE static __attribute__((noinline))
 #define EVENER_INLINED __attribute__((always_inline))
 #define EVENER_UNROLL _Pragma("GCC unroll 32")
 
