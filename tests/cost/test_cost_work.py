@@ -5,9 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evener.cost.base import BatchShape
+from evener.cost.published import cluster_profile
 from evener.cost.rates import DeviceProfile, GemmRates, Profile, Rates
 from evener.cost.work import PlanWork
 from evener.errors import InvalidDevice, InvalidInput
+from evener.spec.cluster_text import cluster_from_mapping
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Plan, Replica, Shard, Stage
 
@@ -80,6 +82,15 @@ def test_shards_share_the_operations_and_repeat_no_weight(rows: int, context: in
 def test_peak_is_the_best_rate_after_the_declared_slowdown() -> None:
     assert PlanWork(TINY, whole(), profile("cpu:0")).peak("cpu:0") == (8e9, 5e9)
     assert PlanWork(TINY, whole(), profile("cpu:0", slowdown=2.0)).peak("cpu:0") == (4e9, 2.5e9)
+
+
+def test_published_peaks_are_not_what_is_assumed_to_be_reached() -> None:
+    raw = {"hosts": [{"name": "far", "devices": [{"device": "cuda:0", "profile": "h100_sxm", "slowdown": 2}]}]}
+    cluster = cluster_from_mapping(raw)
+    shard = Shard("far/cuda:0", (0, 4), (0, 128), (0, 1000), (0, 1000))
+    plan = Plan((Replica((Stage((0, 3), (shard,)),)),))
+    work = PlanWork(TINY, plan, cluster_profile(cluster), dtype="bf16")
+    assert work.peak("far/cuda:0") == (989e12 / 2, 3350e9 / 2)
 
 
 def test_what_is_missing_is_named() -> None:

@@ -93,5 +93,5 @@ def _of_sheets(devices: Sequence[Device]) -> Profile:
         assert d.peaks is not None
         kind: Literal["cpu", "cuda"] = "cuda" if d.kind == "cuda" else "cpu"
         reached = rates.get(d.peaks) or rates.setdefault(d.peaks, published_rates(d.peaks))
-        entries.append(DeviceProfile(hardware(d), kind, reached, reached, hardware=hardware(d)))
+        entries.append(DeviceProfile(hardware(d), kind, reached, reached, hardware=hardware(d), peaks=d.peaks))
     return Profile(tuple(entries), (), "published", missing=(ASSUMED,))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from evener.errors import InvalidDevice, InvalidInput
 from evener.spec.cluster import Device
 from evener.spec.model import DTYPE_BYTES
+from evener.spec.peaks import Peaks
 
 FORMAT = 2
 """Version of the stored form; a file of another version is measured again."""
@@ -102,6 +103,8 @@ class DeviceProfile(Struct, frozen=True):
     """Declared slow-down; multiplies every compute time."""
     sharers: int = 1
     """Workers on the same core or GPU, this one included; each gets its share of the time."""
+    peaks: Peaks | None = None
+    """Published, where the rates are what is assumed to be reached of them."""
 
     def rates(self, alone: bool) -> Rates:
         """The rates for a plan that uses this device `alone`, or several devices at once."""

@@ -77,7 +77,7 @@ class PlanWork:
         return flop, nbytes
 
     def peak(self, device: str) -> tuple[float, float]:
-        """(flop/s, bytes/s) of a device by itself at its best, after its declared slow-down."""
+        """(flop/s, bytes/s) of a device by itself at its best, after its declared slow-down: measured, or published."""
         return self._peaks[device]
 
 
@@ -104,5 +104,9 @@ def _peak(profile: Profile, name: str, dtype: str) -> tuple[float, float]:
     if not tables:
         have = ", ".join(t.dtype for t in rates.gemm) or "none"
         raise InvalidInput(f"no GEMM rate for dtype {dtype!r} on {name} (measured: {have}); use one of these")
+    if device.peaks is not None:
+        published = device.peaks.flop_rate(dtype)
+        assert published is not None, f"{name} has a rate for {dtype} and no peak"
+        return published / device.slowdown, device.peaks.bandwidth / device.slowdown
     flops = max(rate for _, rate in tables[0].points)
     return flops / device.slowdown, max(rates.read_bandwidth, rates.attention_bandwidth) / device.slowdown
