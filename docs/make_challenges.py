@@ -53,7 +53,7 @@ def planted(name: str, *causes: Cause) -> Figure:
         named = "The verdict names it" if loss["named"] else "The verdict does NOT name it"
         return (
             f"{loss['name']}: {before:.0f}% of the device time, {after:.0f}% after the remedy ({loss['remedy']}). "
-            f"{named}; {loss['before']:.1f} {loss['unit']} became {loss['after']:.1f}, {loss['gain']:.2f} times as much."
+            f"{named}; {loss['before']:.1f} {loss['unit']} became {loss['after']:.1f}, {loss['gain']:.2f} times."
         )
 
     return figure
@@ -64,8 +64,8 @@ def straggler(results: dict[str, Any]) -> str:
     check = results["straggler_check"]
     return (
         f"{planted('slowed rank', Cause.STRAGGLER)(results)} The fast rank waits {check['straggler_s']:.1f} s, the "
-        f"slow one computes {check['extra_compute_s']:.1f} s longer and is descheduled {check['extra_contended_s']:.1f} s "
-        f"longer: a ratio of {check['ratio']:.2f}."
+        f"slow one computes {check['extra_compute_s']:.1f} s longer and is off its core {check['extra_contended_s']:.1f} "
+        f"s longer: a ratio of {check['ratio']:.2f}."
     )
 
 
@@ -113,7 +113,7 @@ CHALLENGES = (
         "Tensor parallel", "An equal split, as devices are equal.",
         "In every layer all wait for the slowest rank; a profiler sees all ranks busy equally long.",
         (Cause.STRAGGLER,),
-        "Stamps arrivals in collectives, so who waits is told apart from who is late; splits heads and columns by speed.",
+        "Stamps arrivals in collectives: who waits is told apart from who is late; splits heads and columns by speed.",
         "planted_losses", straggler,
     ),
     Challenge(

@@ -42,4 +42,4 @@ def test_figures_are_taken_from_results(tmp_path: Path, monkeypatch: Any) -> Non
         "remedy": "layers 3, 4", "before": 10.0, "after": 12.5, "gain": 1.25, "unit": "output tok/s",
     }  # fmt: skip
     said = page["planted"]("equal layers", Cause.BUBBLE)({"losses": [loss]})
-    assert "40% of the device time" in said and "1.25 times" in said and "layers 3, 4" in said
+    assert "40% of the device time" in said and "1.25 times." in said and "layers 3, 4" in said
