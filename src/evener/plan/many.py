@@ -162,14 +162,9 @@ def grow(pool: _Pool) -> list[Pattern]:
                 good.append((-candidate.capacity.requests_s / pool.speed(pattern), pattern))
             else:
                 short.append((-pool.memory(pattern) / len(pattern), pattern))
-        # Of those that cannot hold the model yet, keep some of each make-up of kinds: pure and mixed ones.
         kept = [p for _, p in sorted(good)[:BEAM]]
-        per_kinds: dict[frozenset[int], int] = {}
-        for _, pattern in sorted(short):
-            kinds = frozenset(u.kind for u in pattern)
-            if per_kinds.setdefault(kinds, 0) < max(2, BEAM // 4):
-                per_kinds[kinds] += 1
-                kept.append(pattern)
+        # Beside the best, some of each make-up of kinds: pure and mixed ones, and those that cannot hold the model yet.
+        kept += [p for p in _of_each(good, 3) if p not in kept] + _of_each(short, max(2, BEAM // 4))
         following: set[Pattern] = set()
         for pattern in kept:
             for unit in sorts:
@@ -180,6 +175,18 @@ def grow(pool: _Pool) -> list[Pattern]:
         if not level:
             break
     return served
+
+
+def _of_each(ranked: list[tuple[float, Pattern]], count: int) -> list[Pattern]:
+    """The first `count` patterns of each set of kinds."""
+    taken: dict[frozenset[int], int] = {}
+    out = []
+    for _, pattern in sorted(ranked):
+        kinds = frozenset(u.kind for u in pattern)
+        taken[kinds] = taken.get(kinds, 0) + 1
+        if taken[kinds] <= count:
+            out.append(pattern)
+    return out
 
 
 def choose(pool: _Pool, patterns: Sequence[Pattern], most_replicas: int | None = None) -> list[Pattern]:
