@@ -64,8 +64,8 @@ def straggler(results: dict[str, Any]) -> str:
     check = results["straggler_check"]
     return (
         f"{planted('slowed rank', Cause.STRAGGLER)(results)} The fast rank waits {check['straggler_s']:.1f} s, the "
-        f"slow one computes {check['extra_compute_s']:.1f} s longer and is off its core {check['extra_contended_s']:.1f} "
-        f"s longer: a ratio of {check['ratio']:.2f}."
+        f"slow one computes {check['extra_compute_s']:.1f} s longer and is off its core "
+        f"{check['extra_contended_s']:.1f} s longer: a ratio of {check['ratio']:.2f}."
     )
 
 
