@@ -236,21 +236,25 @@ class RooflineCostModel:
         first = _shards_ns(st, BatchShape(decode_rows=rows, decode_context=context, sampled_rows=rows))[0]
         # The same operations on the same doubles as in `_stage_ns`, so that no nanosecond differs.
         keys = (context + rows * np.arange(steps)).astype(np.float64)
-        slowest = np.zeros(steps)
-        for table, _, key_ns in st.shards:
-            slowest = np.maximum(slowest, float(_at(table, rows)) + key_ns * keys)
-        attention = slowest.astype(np.int64)
-        busy = attention + (sum(first[1:]) - int(attention[0]))
+        blocks = np.array([[float(_at(own.attention, rows))] for own in st.own])
+        key_ns = np.array([[own.key_ns] for own in st.own])
+        attention = blocks + key_ns * keys
+        of_heads = attention if len(st.shards) == len(st.own) else attention[[bool(own.key_ns) for own in st.own]]
+        slowest = (of_heads.max(axis=0) if len(of_heads) else attention[0]).astype(np.int64)
+        busy = slowest + (sum(first[1:]) - int(slowest[0]))
+        shards = np.zeros((len(st.own), 4, steps), dtype=np.int64)
+        shards[:, 3] = first.transfer
         slow = busy - first.transfer
-        shards = np.empty((len(st.own), 4, steps), dtype=np.int64)
-        for k, own in enumerate(st.own):
-            compute = slow
-            if len(st.own) > 1:
-                rest = _at(own.by_rows, rows) + _at(own.by_sampled, rows)
-                mine = (float(_at(own.attention, rows)) + own.key_ns * keys).astype(np.int64) + rest
-                compute = np.minimum(mine, slow)
-            contended = compute * (own.sharers - 1) // own.sharers
-            shards[k] = compute - contended, contended, slow - compute, np.full(steps, first.transfer)
+        if len(st.own) == 1:
+            shards[0, 0] = slow
+        else:
+            rest = np.array([[_at(own.by_rows, rows) + _at(own.by_sampled, rows)] for own in st.own])
+            np.minimum(attention.astype(np.int64) + rest, slow, out=shards[:, 0])
+            np.subtract(slow, shards[:, 0], out=shards[:, 2])
+        if any(own.sharers > 1 for own in st.own):
+            sharers = np.array([[own.sharers] for own in st.own])
+            shards[:, 1] = shards[:, 0] * (sharers - 1) // sharers
+            shards[:, 0] -= shards[:, 1]
         return DecodeRun(first.host, busy, shards)
 
     def delay_ns(self, replica: int, stage: int) -> Nanoseconds:

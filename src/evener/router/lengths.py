@@ -58,7 +58,9 @@ class LengthEstimator:
         self._take(state or LengthState())
         self._lessons = -1
         """Since the tables below were made; -1: they never were."""
-        self._patience = 0.0
+        self._heard = 0
+        """Lessons so far."""
+        self._patience = 0
         """Lessons that the tables may be behind."""
         self._known: dict[int, tuple[float, float]] = {}
         """Tokens -> (expected further ones without a cap, log P(so many))."""
@@ -143,6 +145,7 @@ class LengthEstimator:
 
     def _learned(self) -> None:
         """The tables are behind by one lesson more; drop them when that is too much."""
+        self._heard += 1
         if self._lessons >= 0:
             self._lessons += 1
             if self._lessons >= self._patience:
@@ -159,7 +162,7 @@ class LengthEstimator:
         ends = sum(state.ends)
         pooled = log1p(-(1.0 + ends) / (1.0 + ends + PRIOR_MEAN + state.tokens))
         self._lessons = 0
-        self._patience = min(_MOST_LAG, ends / _LAG)
+        self._patience = min(_MOST_LAG, self._heard // _LAG)
         self._log_stay = []
         for end, survived, width in zip(state.ends, state.survived, _WIDTHS, strict=True):
             # The share that survives the bucket, spread over its tokens.

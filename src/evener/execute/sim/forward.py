@@ -17,7 +17,6 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evener.brain import Brain
 from evener.cost.base import BatchShape, DecodeRun
@@ -59,10 +58,10 @@ class _Run:
         self.dones = [first.done, second.done, *[e + host_ns for e in self.ends[:-2]]]
         """When step k is issued: with the result of the batch two before it."""
 
-    def parts(self, rank: int, first: int, count: int) -> list[int]:
-        """Compute, contended, straggler and transfer of one shard over some steps."""
-        of: NDArray[np.int64] = self.shards[rank, :, first : first + count]
-        return [int(x) for x in of.sum(axis=1)]
+    def parts(self, cuts: list[int]) -> list[list[list[int]]]:
+        """Between cuts, by rank: compute, contended, straggler and transfer of steps [cuts[k], cuts[k + 1]) summed."""
+        sums: list[list[list[int]]] = np.add.reduceat(self.shards[:, :, : cuts[-1]], cuts[:-1], axis=2).tolist()
+        return [[[part[k] for part in shard] for shard in sums] for k in range(len(cuts) - 1)]
 
 
 def _one_by_one(own: Sequence[int], before: int, handing: int) -> list[int]:
@@ -165,13 +164,17 @@ class Runs:
         flights = pipeline.in_flight
         ahead = engine.land()
         first_id = ahead + 2 - run.at
-        if self._ledger is not None:
-            self._tell(self._ledger, index, run, flights[0], flights[1], first_id)
         group = pipeline.rows.groups[engine.groups[0].group_id]
         last = max(0, run.at - 2)
+        spans_of: list[list[Span]] = []
+        if self._ledger is not None:
+            cuts = [0, *range(last, run.at + 1)] if last else list(range(run.at + 1))
+            spans_of = self._spans(index, run, cuts, first_id)
+            between = spans_of.pop(0) if last else []
+            self._tell(self._ledger, index, run, flights[0], flights[1], between, first_id)
         group.steps += last
         for step in range(last, run.at):
-            spans = self._spans(index, run, step, 1, first_id + step) if self._ledger is not None else []
+            spans = spans_of[step - last] if spans_of else []
             ended: list[tuple[int, int]] = []
             pipeline.rows.step(group, ended)
             result = BatchResult(first_id + step, run.epoch, None, ended)
@@ -180,7 +183,9 @@ class Runs:
             flights.append(Flight(end, end + run.host_ns, result, not ended, spans))
         group.ready = pipeline.free[0] = run.ends[run.at - 1]
 
-    def _tell(self, ledger: "SpanLedger", index: int, run: _Run, one: Flight, two: Flight, first_id: int) -> None:
+    def _tell(
+        self, ledger: "SpanLedger", index: int, run: _Run, one: Flight, two: Flight, spans: list[Span], first_id: int
+    ) -> None:
         """Issues, spans and results of the steps 0 .. at - 1, in the order in which stepping tells them."""
         count, dones = run.at, run.dones
 
@@ -202,22 +207,25 @@ class Runs:
             return
         done(two, dones[1])
         if between:
-            for span in self._spans(index, run, 0, between, first_id):
+            for span in spans:
                 ledger.span(span)
             issued(between)
             ledger.done(index, first_id, Nanoseconds(dones[count - 1]), 0)
         issued(count - 1)
 
-    def _spans(self, index: int, run: _Run, first: int, count: int, batch_id: int) -> list[Span]:
-        """What each shard of the stage does in steps first .. first + count - 1."""
-        began = run.ends[first] - int(run.busy[first])
-        ended = run.ends[first + count - 1]
+    def _spans(self, index: int, run: _Run, cuts: list[int], first_id: int) -> list[list[Span]]:
+        """What each shard of the stage does between these steps."""
         out = []
-        for rank in range(len(run.shards)):
-            compute, contended, straggler, transfer = run.parts(rank, first, count)
-            host = ended - began - compute - contended - straggler - transfer
-            out.append(
-                make_span(index, 0, rank, run.epoch, batch_id, began, ended, compute, compute, contended, straggler,
-                     transfer, 0, 0, count, host)
-            )  # fmt: skip
+        for first, after, parts in zip(cuts[:-1], cuts[1:], run.parts(cuts), strict=True):
+            began, ended = run.ends[first] - int(run.busy[first]), run.ends[after - 1]
+            spans = []
+            for rank, (compute, contended, straggler, transfer) in enumerate(parts):
+                host = ended - began - compute - contended - straggler - transfer
+                spans.append(
+                    make_span(
+                        index, 0, rank, run.epoch, first_id + first, began, ended, compute, compute, contended,
+                        straggler, transfer, 0, 0, after - first, host,
+                    )
+                )  # fmt: skip
+            out.append(spans)
         return out
