@@ -26,6 +26,7 @@ KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Rows at which the factor of `rows` is free."""
 CLASSES = ("prefill", "decode", "head", "chunk")
 TERMS = len(KNOTS) + len(CLASSES)
+LEAST_FACTOR = 1e-3
 
 
 class Factors(Struct, frozen=True):
@@ -41,7 +42,7 @@ class Factors(Struct, frozen=True):
     @classmethod
     def of(cls, values: Floats) -> "Factors":
         """From a vector of TERMS values in the order of `features`."""
-        each = [float(v) for v in values]
+        each = [max(LEAST_FACTOR, float(v)) for v in values]  # nothing that is done takes no time
         return cls(tuple(each[: len(KNOTS)]), *each[len(KNOTS) :])
 
     def by_rows(self, rows: NDArray[np.int64]) -> Floats:
