@@ -1,7 +1,9 @@
 """The closed list of causes: every device-second has exactly one, and a device's causes sum to its wall time.
 
-Precedence among the causes of idle time, first match: `down`, `contended` (positive kernel evidence), `kv_starved`
-and `held` (the policy said so), `host` (work was ready and not handed over), `bubble`, `imbalance`, `no_demand`.
+Precedence among the causes of idle time, first match: `down`; once a batch is issued, `contended` (positive kernel
+evidence), else `host`; before that `kv_starved` and `held` (the brain said so), `bubble` (the batch before is still at
+another stage; at a slower peer of the last stage: `straggler`), `host` (requests are unfinished here, nothing was handed
+over), `imbalance`, `no_demand`. `ledger/replica.py` does it.
 """
 
 from enum import IntEnum

@@ -153,12 +153,14 @@ class ReplicaBook:
             record.left -= 1
             if span.ended > record.end:
                 record.end = span.ended
-            if record.left == 0 and record.next is not None:
-                record.next.after = record.end
+            following = record.next
+            if record.left == 0 and following is not None:
+                following.after = record.end
                 record.next = None
-                for other in self.devices:
-                    self._drain(other)
-                return
+                if following.done >= 0:  # it waited to hear of this end
+                    for other in self.devices:
+                        self._drain(other)
+                    return
         if record.done >= 0:
             self._drain(book)
 
