@@ -2,8 +2,8 @@
 
 Precedence among the causes of idle time, first match: `down`; once a batch is issued, `contended` (positive kernel
 evidence), else `host`; before that `kv_starved` and `held` (the brain said so), `bubble` (the batch before is still at
-another stage; at a slower peer of the last stage: `straggler`), `host` (requests are unfinished here, nothing was handed
-over), `imbalance`, `no_demand`. `ledger/replica.py` does it.
+another stage; at a slower peer of the last stage: `straggler`), `host` (requests are unfinished here and nothing was
+handed over), `imbalance`, `no_demand`. `ledger/replica.py` does it.
 """
 
 from enum import IntEnum
