@@ -1,0 +1,184 @@
+"""Is the planner's choice the best plan? In eight situations and more, it is measured live beside all other plans.
+
+Each situation names devices (with declared slow-downs), links and traffic; all requests are sent at once to an engine
+without a server, and output tokens over the time to serve them all are compared. The planner is told the same requests
+(`finite`). Measured beside its choice: every layout of two devices; of three, the most promising dozen by the cost
+model; always the usual layouts (all TP, PP, DP, split equally). Rounds alternate; medians are quoted.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from common import BenchmarkFailed, markdown, save
+from evener.api import make_options, prepare
+from evener.cost.rates import Profile, default_profile
+from evener.plan.auto import spread_items
+from evener.plan.baselines import score_usual
+from evener.plan.load import save_plan
+from evener.plan.planner import choose_plan
+from evener.plan.problem import Problem, demand_of
+from evener.plan.search import Scored, search
+from evener.plan.trial import try_plan
+from evener.profile import load_profile
+from evener.spec.cluster import Cluster, Link, parse_device
+from evener.spec.memory import MemoryConfig
+from evener.spec.traffic import parse_traffic_mix
+from evener.units import Bytes, Seconds
+
+MAX_SEQS = 32
+KV = Bytes(512 << 20)
+MOST_PLANS = 12
+
+
+class Situation(NamedTuple):
+    """Devices, one-way delay between the first two, and mean lengths."""
+
+    name: str
+    devices: tuple[str, ...]
+    mix: str
+    delay_s: float = 0.0
+
+
+CHAT, SHORT, LONG = "in=200,out=64", "in=24,out=96", "in=700,out=16"
+SITUATIONS = (
+    Situation("two equal, chat", ("cpu:0", "cpu:1"), CHAT),
+    Situation("two equal, short prompts", ("cpu:0", "cpu:1"), SHORT),
+    Situation("two equal, long prompts", ("cpu:0", "cpu:1"), LONG),
+    Situation("slow-down 2, chat", ("cpu:0", "cpu:1,slowdown=2"), CHAT),
+    Situation("slow-down 4, chat", ("cpu:0", "cpu:1,slowdown=4"), CHAT),
+    Situation("slow-down 4, long prompts", ("cpu:0", "cpu:1,slowdown=4"), LONG),
+    Situation("1:2:4, chat", ("cpu:0", "cpu:1,slowdown=2", "cpu:1#1,slowdown=4"), CHAT),
+    Situation("link of 2 ms, chat", ("cpu:0", "cpu:1"), CHAT, 0.002),
+    Situation("link of 2 ms, slow-down 2, short prompts", ("cpu:0", "cpu:1,slowdown=2"), SHORT, 0.002),
+)
+
+
+def problem_of(s: Situation, requests: int) -> Problem:
+    """What the planner is told."""
+    prepared = prepare(make_options(devices=("cpu:0",)))
+    devices = tuple(parse_device(text) for text in s.devices)
+    cluster = Cluster(devices, links_of(s))
+    profile: Profile = load_profile(cluster) or default_profile(devices)
+    if profile.source == "default":
+        raise SystemExit("run `evener devices` first: the planner must know the speeds")
+    items = spread_items(parse_traffic_mix(s.mix), 1024, requests)
+    return Problem(
+        model=prepared.model, cluster=cluster, profile=profile, demand=demand_of(items), items=items,
+        memory=MemoryConfig(max_batch_tokens=512 + MAX_SEQS), kv_bytes=KV, max_num_seqs=MAX_SEQS, finite=True,
+    )  # fmt: skip
+
+
+def links_of(s: Situation) -> tuple[Link, ...]:
+    """The delayed link, if there is one."""
+    names = [text.partition(",")[0] for text in s.devices]
+    return (Link(names[0], names[1], Seconds(s.delay_s)),) if s.delay_s else ()
+
+
+def plans_to_measure(problem: Problem) -> list[Scored]:
+    """The planner's own candidates and the usual layouts, each layout once."""
+    listed = search(problem)[:MOST_PLANS]
+    known = {s.plan.replicas for s in listed}
+    for _, found in score_usual(problem):
+        if isinstance(found, Scored) and found.plan.replicas not in known:
+            listed.append(found)
+            known.add(found.plan.replicas)
+    return listed
+
+
+def measure(s: Situation, scored: Scored, problem: Problem) -> float:
+    """Output tokens per second of one live run, in a process of its own."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path = Path(tmp) / "plan.yaml"
+        save_plan(scored.plan, path)
+        job = {
+            "plan": str(path),
+            "devices": [d for d in s.devices if d.partition(",")[0] in scored.plan.devices()],
+            "links": [(x.a, x.b, x.delay) for x in links_of(s) if {x.a, x.b} <= set(scored.plan.devices())],
+            "items": [(i.input_tokens, i.output_tokens) for i in problem.items],
+        }
+        command = [sys.executable, __file__, "--child", json.dumps(job)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchmarkFailed(f"{s.name}, {scored.plan.name}: {done.stderr[-2000:]}")
+    return float(json.loads(done.stdout)["tokens_s"])
+
+
+def child(job: dict[str, Any]) -> None:
+    """Serve the requests once and print the throughput."""
+    from evener import LLM, SamplingParams
+
+    rng = random.Random(0)
+    prompts = [[rng.randrange(100, 32_000) for _ in range(n)] for n, _ in job["items"]]
+    params = [SamplingParams(temperature=0.0, max_tokens=m, ignore_eos=True) for _, m in job["items"]]
+    links = tuple(Link(a, b, Seconds(delay)) for a, b, delay in job["links"])
+    with LLM(
+        plan=job["plan"], devices=tuple(job["devices"]), links=links, max_num_seqs=MAX_SEQS,
+        kv_cache_memory=f"{KV}B", max_model_len=1024,
+    ) as llm:  # fmt: skip
+        llm.generate([[7] * 64, [9] * 8], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, params)
+        seconds = time.perf_counter() - began
+    tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
+    print(json.dumps({"tokens_s": tokens / seconds}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--only", help="comma-separated numbers of situations, from 0")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    if args.child:
+        child(json.loads(args.child))
+        return
+    picked = [SITUATIONS[int(k)] for k in args.only.split(",")] if args.only else list(SITUATIONS)
+    summary: list[list[object]] = []
+    detail: list[list[object]] = []
+    figures: dict[str, Any] = {}
+    for s in picked:
+        problem = problem_of(s, args.requests)
+        began = time.process_time()
+        choice = choose_plan(problem)
+        planned_s = time.process_time() - began
+        candidates = plans_to_measure(problem)
+        if all(c.plan.replicas != choice.best.plan.replicas for c in candidates):
+            candidates.append(Scored(choice.best.plan, choice.best.load))
+        runs: dict[int, list[float]] = {k: [] for k in range(len(candidates))}
+        for r in range(args.rounds):
+            order = [(k + r) % len(candidates) for k in range(len(candidates))]
+            for k in order:
+                print(f"{s.name}: round {r + 1}, {candidates[k].plan.name}", file=sys.stderr, flush=True)
+                runs[k].append(measure(s, candidates[k], problem))
+        achieved = {k: median(v) for k, v in runs.items()}
+        chosen = next(k for k, c in enumerate(candidates) if c.plan.replicas == choice.best.plan.replicas)
+        best = max(achieved, key=lambda k: achieved[k])
+        ratio = median(c / max(rest) for c, rest in
+                       ((runs[chosen][r], [v[r] for v in runs.values()]) for r in range(args.rounds)))  # fmt: skip
+        predicted = choice.best.tokens_s
+        row: list[object] = [s.name, candidates[chosen].plan.name, predicted, achieved[chosen]]
+        row += [candidates[best].plan.name, achieved[best], achieved[chosen] / achieved[best], planned_s]
+        summary.append(row)
+        for k, c in enumerate(candidates):
+            said = try_plan(problem, c, problem.items).tokens_s
+            detail.append([s.name, c.plan.name, "+".join(c.plan.devices()), said, achieved[k], said / achieved[k] - 1])
+        figures[s.name] = {"ratio_by_round": ratio, "runs": {}}
+        for k, c in enumerate(candidates):
+            figures[s.name]["runs"][f"{c.plan.name} on {'+'.join(c.plan.devices())}"] = runs[k]
+    print(markdown(["situation", "chosen", "predicted tok/s", "achieved tok/s", "best measured", "its tok/s",
+                    "chosen over best", "planning CPU s"], summary))  # fmt: skip
+    print(markdown(["situation", "plan", "devices", "predicted tok/s", "achieved tok/s", "error"], detail))
+    save("planner_live", {"summary": summary, "detail": detail, "figures": figures})
+
+
+if __name__ == "__main__":
+    main()
