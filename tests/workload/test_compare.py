@@ -111,3 +111,19 @@ def test_the_command(tmp_path: Path) -> None:
     assert one["report"]["completed"] == 4 and set(one["account"]["devices"]) == set(TWO)
     shown = CliRunner().invoke(app, args)
     assert shown.exit_code == 0 and "useful, %" in shown.stdout and "tensor" in shown.stdout
+
+
+def test_devices_that_are_not_here(tmp_path: Path) -> None:
+    """A cluster file's GPUs are simulated; what only a live engine knows is refused."""
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text('hosts:\n  - {name: far, devices: [{device: "cuda:0", profile: l4, count: 2}]}\n')
+    args = ["compare", "--cluster", str(cluster), "--traffic", "requests=8,in=50,out=10", "--json"]
+    done = CliRunner().invoke(app, [*args, "--case", "tensor: -tp 2", "--case", "small: -dp 2 --max-num-seqs 1"])
+    assert done.exit_code == 0, done.output
+    tensor, small = json.loads(done.stdout)["cases"]
+    assert list(tensor["account"]["devices"]) == ["far/cuda:0", "far/cuda:1"]
+    assert tensor["report"]["completed"] == small["report"]["completed"] == 8
+    assert small["report"]["ttft_ms"]["p90"] > tensor["report"]["ttft_ms"]["p90"]
+    for flags, says in (["--case", "a: --record x"], "record means nothing"), (["--live"], "leave out --cluster"):
+        refused = CliRunner().invoke(app, [*args, *flags])
+        assert isinstance(refused.exception, InvalidInput) and says in refused.exception.message

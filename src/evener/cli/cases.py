@@ -25,12 +25,17 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """What an unknown flag raises; some versions of typer bring their own click, and export this one child of it."""
 
 
-def read_cases(texts: Sequence[str], file: Path | None, base: EngineOptions) -> list[Case]:
-    """Cases in the order given, the file's first; what a case does not say is as in `base`.
+def read_cases(
+    texts: Sequence[str], file: Path | None, base: EngineOptions, base_said: Iterable[str] = ()
+) -> list[Case]:
+    """Cases in the order given, the file's first; what a case does not say is as in `base`, where `base_said` was said.
 
     Raises InvalidInput for a name given twice, a flag that engines do not have, or a file that is no such mapping.
     """
-    cases = [Case(name, _options(name, flags, base)) for name, flags in [*_of_file(file), *map(_split, texts)]]
+    cases = []
+    for name, flags in [*_of_file(file), *map(_split, texts)]:
+        found = _options(name, flags)
+        cases.append(Case(name, structs.replace(base, **found), frozenset({*base_said, *found})))
     names = [c.name for c in cases]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
@@ -80,7 +85,8 @@ def _flag(key: str, value: Any) -> list[str]:
     return [word for one in (value if isinstance(value, list) else [value]) for word in (flag, str(one))]
 
 
-def _options(name: str, flags: list[str], base: EngineOptions) -> EngineOptions:
+def _options(name: str, flags: list[str]) -> dict[str, Any]:
+    """What the flags say."""
     app = typer.Typer(add_completion=False)
     found: dict[str, Any] = {}
 
@@ -92,4 +98,4 @@ def _options(name: str, flags: list[str], base: EngineOptions) -> EngineOptions:
         get_command(app).main(flags, prog_name=name, standalone_mode=False)
     except _UsageError as error:
         raise InvalidInput(f"case {name!r}: {error.format_message()}") from error  # type: ignore[attr-defined]
-    return structs.replace(base, **found)
+    return found

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from evener.api import EngineOptions
 from evener.cli.cases import read_cases
-from evener.cli.engine_options import with_engine_options
+from evener.cli.elsewhere import compare_elsewhere
+from evener.cli.engine_options import said, with_engine_options
 from evener.errors import InvalidInput
 from evener.workload.bars import plot_ledgers
 from evener.workload.compare import Case, Compared, requests_of, warm_up_of
@@ -27,6 +28,7 @@ from evener.workload.table import table
 @with_engine_options
 def compare(
     options: EngineOptions,
+    ctx: typer.Context,
     case: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,6 +36,9 @@ def compare(
         ),
     ] = None,
     cases: Annotated[Path | None, typer.Option(help="The same as a YAML mapping of names to flags.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Devices that need not be here (YAML, docs/clusters.md), simulated.")
+    ] = None,
     traffic: Annotated[
         str, typer.Option(help="A trace file, or rate=4,in=lognormal:180:0.8,out=128,requests=300; trace=FILE,scale=2.")
     ] = "requests=64",
@@ -50,13 +55,23 @@ def compare(
     Flags outside --case hold for all cases.
     """
     bounds = parse_slo(slo) if slo is not None else None
-    listed = read_cases(case or (), cases, options) or [Case("as given", options)]
-    requests = requests_of(parse_traffic(traffic))
+    given = {name for name in said(ctx) if name in EngineOptions.__struct_fields__}
+    listed = read_cases(case or (), cases, options, given) or [Case("as given", options, frozenset(given))]
     _check_plot(plot)
-    results = run_cases(
-        listed, requests, live=live, rounds=rounds, warm_up=warm_up_of(requests, warm_up), slo=bounds,
-        progress=lambda text: print(f"evener: {text}", file=sys.stderr, flush=True),
-    )  # fmt: skip
+
+    def progress(text: str) -> None:
+        print(f"evener: {text}", file=sys.stderr, flush=True)
+
+    if cluster is not None:
+        if live:
+            raise InvalidInput("--live starts engines on this host; leave out --cluster, or --live")
+        results = compare_elsewhere(listed, cluster, traffic, slo, progress)
+    else:
+        requests = requests_of(parse_traffic(traffic))
+        results = run_cases(
+            listed, requests, live=live, rounds=rounds, warm_up=warm_up_of(requests, warm_up), slo=bounds,
+            progress=progress,
+        )  # fmt: skip
     if json:
         print(msgspec.json.format(msgspec.json.encode(_figures(results, traffic, slo)), indent=1).decode())
     else:

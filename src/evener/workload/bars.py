@@ -47,8 +47,8 @@ def plot_ledgers(
         y += 0.9
     _finish(axes, ticks, y, max(account.window_s for _, account in ledgers))
     handles = [axes.barh(0, 0, color=COLOURS[c], edgecolor="#444444", linewidth=0.3) for c in Cause if c in shown]
-    labels = [c.label.replace("_", " ") for c in Cause if c in shown]
-    axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.005, 1.0), frameon=False, fontsize=9)
+    causes = [c.label.replace("_", " ") for c in Cause if c in shown]
+    axes.legend(handles, causes, loc="upper left", bbox_to_anchor=(1.005, 1.0), frameon=False, fontsize=9)
     axes.set_title(title, loc="left", fontsize=12, pad=10)
     if note:
         figure.text(0.01, -0.03, note, fontsize=7.5, color="#555555", ha="left", va="bottom")

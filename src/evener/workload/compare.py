@@ -8,6 +8,7 @@ from msgspec import Struct, structs
 
 from evener.api import EngineOptions, Prepared, describe, prepare
 from evener.errors import InvalidInput
+from evener.execute.sim.figures import SimReport
 from evener.ledger.account import Account
 from evener.ledger.verdict import Hints, Verdict, verdict
 from evener.model.source import open_model
@@ -26,6 +27,8 @@ class Case(Struct, frozen=True):
 
     name: str
     options: EngineOptions
+    said: frozenset[str] = frozenset()
+    """Options that were given, be it with their defaults."""
 
 
 class Compared(Struct, frozen=True, kw_only=True):
@@ -39,7 +42,7 @@ class Compared(Struct, frozen=True, kw_only=True):
     """One line per shard."""
     policy: str
     router: str
-    report: Report
+    report: Report | SimReport
     account: Account
     verdict: Verdict
     output_tok_s: tuple[float, ...]

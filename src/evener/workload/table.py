@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from evener.execute.sim.figures import Percentiles
 from evener.ledger.causes import Cause
 from evener.workload.compare import Compared
 from evener.workload.report import Summary
@@ -37,6 +38,6 @@ def table(results: Sequence[Compared]) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def _ms(summary: Summary, key: str) -> str:
+def _ms(summary: Summary | Percentiles, key: str) -> str:
     value = getattr(summary, key)
     return "-" if value is None else f"{value:.1f}"
