@@ -31,7 +31,7 @@ from evener.ledger.verdict import Finding, Hints, Verdict, verdict
 from evener.plan.load import save_plan
 from evener.spec.plan import Plan, Shard, Stage
 from evener.workload.compare import requests_of, warm_up_of
-from evener.workload.rehearse import Rehearsal, run_live
+from evener.workload.rehearse import Rehearsal, run_live, simulate
 from evener.workload.requests import TimedRequest
 from evener.workload.spec import parse_traffic
 
@@ -156,6 +156,7 @@ def cases() -> list[Planted]:
     """Sizes are such that each run takes about 20 s on a slow core."""
     burst = requests("requests=24,in=lognormal:120:0.6:16:400,out=lognormal:40:0.5:8:100")
     many = requests("requests=40,in=lognormal:120:0.6:16:400,out=lognormal:40:0.5:8:100")
+    writing = requests("requests=64,in=8,out=lognormal:60:0.4:16:120")  # the head is on the last stage
     calm = requests("rate=0.4,requests=12,in=60,out=16")
     unlike = ("cpu:0", "cpu:1,slowdown=4")
     two = {"devices": ("cpu:0", "cpu:1")}
@@ -166,7 +167,7 @@ def cases() -> list[Planted]:
             (Cause.STRAGGLER,), "stage 0 of replica 0", resplit,
         ),
         Planted(
-            "equal layers (pp2)", Setting(make_options(**two, pipeline_parallel_size=2, split="equal"), many),
+            "equal layers (pp2)", Setting(make_options(**two, pipeline_parallel_size=2, split="equal"), writing),
             (Cause.BUBBLE,), "replica 0", move_layers,
         ),
         Planted(
@@ -211,11 +212,14 @@ def _burn(core: int) -> None:
         sum(range(10_000))
 
 
-def served(setting: Setting) -> tuple[Prepared, Rehearsal, Verdict]:
-    """One live run."""
+def served(setting: Setting, live: bool) -> tuple[Prepared, Rehearsal, Verdict]:
+    """One run."""
     prepared = prepare(setting.options)
-    with eating(setting.hog):
-        run = run_live(prepared, setting.requests, warm_up_of(setting.requests, 4))
+    if live:
+        with eating(setting.hog):
+            run = run_live(prepared, setting.requests, warm_up_of(setting.requests, 4))
+    else:
+        run = simulate(prepared, setting.requests)
     if run.report.failed:
         raise SystemExit(f"{run.report.failed} requests failed: {run.report.failures}")
     hints = Hints(kv_bytes_per_token=prepared.model.kv_bytes_per_token())
@@ -228,14 +232,14 @@ def named(planted: Planted, said: Verdict) -> Finding | None:
     return next((f for f in said.findings if f.cause in labels and planted.where in f.where), None)
 
 
-def measure(planted: Planted, rounds: int, folder: Path) -> dict[str, Any]:
+def measure(planted: Planted, rounds: int, folder: Path, live: bool) -> dict[str, Any]:
     """Plant, read the verdict, mend, serve again."""
     befores, afters = [], []
     mended, did, finding, words = planted.setting, "", None, ""
     account = None
     for k in range(rounds):
         print(f"{planted.name}: planted, round {k + 1} of {rounds}", file=sys.stderr, flush=True)
-        prepared, run, said = served(planted.setting)
+        prepared, run, said = served(planted.setting, live)
         befores.append(run)
         if k == 0:
             finding = named(planted, said)
@@ -245,7 +249,7 @@ def measure(planted: Planted, rounds: int, folder: Path) -> dict[str, Any]:
             mended, did = planted.mend(planted.setting, prepared, run, finding, folder)
             account = run.account
         print(f"{planted.name}: mended ({did}), round {k + 1} of {rounds}", file=sys.stderr, flush=True)
-        afters.append(served(mended)[1])
+        afters.append(served(mended, live)[1])
     idle = Cause.NO_DEMAND in planted.causes
     pairs = [(_speed(b, idle), _speed(a, idle)) for b, a in zip(befores, afters, strict=True)]
     return {
@@ -284,14 +288,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", help="run the losses whose names contain this")
+    parser.add_argument("--simulate", action="store_true", help="rehearse without workers; nothing is saved")
     args = parser.parse_args(argv)
     chosen = [c for c in cases() if args.only is None or args.only in c.name]
+    if args.simulate:
+        chosen = [c for c in chosen if c.setting.hog < 0]  # a simulated core has no neighbours
     if not chosen:
         parser.error(f"--only {args.only!r}: losses are {', '.join(c.name for c in cases())}")
     results = []
     with TemporaryDirectory() as folder:
         for planted in chosen:
-            results.append(measure(planted, args.rounds, Path(folder)))
+            results.append(measure(planted, args.rounds, Path(folder), not args.simulate))
     keys = ("name", "named", "verdict", "remedy", "unit", "before", "after", "gain")
     rows = [[("yes" if r[k] else "NO") if k == "named" else r[k] for k in keys] for r in results]
     print(markdown(["planted", "named", "the verdict", "done", "unit", "before", "after", "gain, x"], rows))
@@ -301,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check = figures["straggler_check"] = straggler_check(result)
             columns = ["cpu:0 waits for cpu:1, s", "cpu:1 computes longer, s", "is descheduled longer, s", "ratio"]
             print(markdown(columns, [list(check.values())]))
-    if args.only is None:
+    if args.only is None and not args.simulate:
         save("planted_losses", figures)
 
 
