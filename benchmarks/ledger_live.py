@@ -173,7 +173,11 @@ def main() -> None:
     results = []
     for case in cases:
         print(f"{case.name}: {args.seconds:g} s", file=sys.stderr, flush=True)
-        results += asyncio.run(measure(case, args.seconds))
+        found = asyncio.run(measure(case, args.seconds))
+        results += found
+        for r in found:
+            text = f"  {r['device']}: {100 * r['unattributed']:.2f}% unattributed, {100 * r['apart']:+.2f}% apart"
+            print(text, file=sys.stderr, flush=True)
     lost = ("contended", "straggler", "transfer", "bubble", "host", "no_demand")
     rows = [
         [

@@ -24,6 +24,7 @@ class Stamp(NamedTuple):
     cpu_entered: Nanoseconds = Nanoseconds(0)
     """CPU time of the calling thread at `entered`."""
     cpu_ended: Nanoseconds = Nanoseconds(0)
+    """At `ended`; reckoned from the time that passed where the operation was quick and did not sleep."""
 
 
 class Group(Protocol):

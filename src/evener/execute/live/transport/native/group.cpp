@@ -61,7 +61,7 @@ Group::Group(const Segment& segment, uint64_t offset, uint64_t first_bell, int r
 Group::Entry Group::enter(Gil& gil, Op op, int dtype, uint64_t bytes) {
   waiter_.check();
   const int64_t cpu = cpu_ns();
-  Entry e{gil, cpu, now_ns(), 0, uint64_t(op) << 62 | uint64_t(dtype) << 58 | bytes};
+  Entry e{gil, cpu, now_ns(), 0, uint64_t(op) << 62 | uint64_t(dtype) << 58 | bytes, waiter_.sleeps()};
   RankLine& mine = line(rank_);
   mine.entered[op_ & 1].store(e.entered, std::memory_order_relaxed);
   mine.tag[op_ & 1].store(e.tag, std::memory_order_relaxed);
@@ -103,7 +103,7 @@ void Group::meet(Entry& e) {
 Stamp Group::leave(Entry& e, int64_t floor_ns) {
   ++op_;
   if (floor_ns > 0) waiter_.sleep_until(e.gil, e.arrived + floor_ns);
-  const int64_t cpu = cpu_ns();
+  const int64_t cpu = waiter_.cpu_after(e.cpu_entered, e.entered, e.sleeps);
   return {e.entered, e.arrived, now_ns(), e.cpu_entered, cpu};
 }
 

@@ -49,7 +49,7 @@ class Group {
   struct Entry {  // one operation in progress on this rank
     Gil& gil;
     int64_t cpu_entered, entered, arrived;
-    uint64_t tag;
+    uint64_t tag, sleeps;
   };
 
   RankLine& line(int rank) const { return reinterpret_cast<RankLine*>(base_)[rank]; }

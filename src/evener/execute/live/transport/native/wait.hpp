@@ -57,6 +57,8 @@ inline void ring(Bell& bell, uint32_t bit) {
 }
 
 class Waiter {
+  static constexpr int64_t kQuick = 200'000;
+
  public:
   // spin_ns: longest spin. Waits that a longest spin would have covered lengthen the next one, others shorten it.
   Waiter(std::shared_ptr<Mapping> map, uint64_t bell, int64_t deadline_ns, int64_t spin_ns)
@@ -65,6 +67,14 @@ class Waiter {
   void check() const {
     if (map_->aborted()) throw map_->why();
   }
+
+  // The thread's CPU time at the end of an operation. That clock is a system call; a rank that has not slept and was
+  // quick has used what passed, and if it did lose its core, the next reading shows it.
+  int64_t cpu_after(int64_t cpu_entered, int64_t entered, uint64_t sleeps_before) const {
+    const int64_t took = now_ns() - entered;
+    return sleeps_ == sleeps_before && took < kQuick ? cpu_entered + took : cpu_ns();
+  }
+  uint64_t sleeps() const { return sleeps_; }
 
   // Returns when missing() is 0. `missing` gives the peers not yet there, one bit each; `here` those of them that
   // were last seen on this CPU: they cannot arrive while this rank spins. Throws Aborted, Late.
@@ -122,6 +132,7 @@ class Waiter {
     throw map_->why();
   }
   void sleep(Gil& gil, uint32_t value, int64_t timeout_ns) {
+    ++sleeps_;
     gil.release();
     if (!futex_wait(bell_.awaited, value, timeout_ns)) gil.signals();
   }
@@ -129,6 +140,7 @@ class Waiter {
   std::shared_ptr<Mapping> map_;
   Bell& bell_;
   int64_t deadline_ns_, max_spin_, spin_;
+  uint64_t sleeps_ = 0;
 };
 
 }  // namespace evener
