@@ -3,7 +3,8 @@
 Each situation names devices (with declared slow-downs), links and traffic; all requests are sent at once to an engine
 without a server, and output tokens over the time to serve them all are compared. The planner is told the same requests
 (`finite`). Measured beside its choice: every layout of two devices; of three, the most promising dozen by the cost
-model; always the usual layouts (all TP, PP, DP, split equally). Rounds alternate; medians are quoted.
+model; always the usual layouts (all TP, PP, DP, split equally). Rounds alternate; medians are quoted. Predicted and
+achieved are kept as back-tests of this host: `evener plan` quotes their error.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from common import BenchmarkFailed, markdown, save
 from evener.api import make_options, prepare
 from evener.cost.rates import Profile, default_profile
 from evener.plan.auto import spread_items
+from evener.plan.backtests import BackTest, describe_model, keep_backtest
 from evener.plan.baselines import score_usual
 from evener.plan.load import save_plan
 from evener.plan.planner import choose_plan
@@ -170,6 +172,8 @@ def main() -> None:
         summary.append(row)
         for k, c in enumerate(candidates):
             said = try_plan(problem, c, problem.items).tokens_s
+            test = BackTest(describe_model(problem.model), c.plan.name, c.plan.devices(), said, achieved[k])
+            keep_backtest(test)
             detail.append([s.name, c.plan.name, "+".join(c.plan.devices()), said, achieved[k], said / achieved[k] - 1])
         figures[s.name] = {"ratio_by_round": ratio, "runs": {}}
         for k, c in enumerate(candidates):

@@ -13,7 +13,7 @@ from rich.table import Table
 from evener.api import describe
 from evener.plan.assess import Assessment
 from evener.plan.emit import Launch
-from evener.plan.explain import against, binding, gains, headline, memory_line
+from evener.plan.explain import against, binding, error_line, gains, headline, memory_line
 from evener.plan.more import Gain
 from evener.plan.planner import Choice, as_json, figures
 from evener.plan.problem import Problem
@@ -31,6 +31,7 @@ def choice_json(
         "assumed": list(problem.profile.missing),
         "demand": {k: getattr(problem.demand, k) for k in problem.demand.__struct_fields__},
         "binding": binding(problem, choice.best.plan, choice.best),
+        "error": error_line(problem),
         "one_more": [{k: getattr(g, k) for k in g.__struct_fields__} for g in more],
         "layout": list(describe(choice.best.plan)),
         "launch": [msgspec.to_builtins(x) for x in launches],
@@ -65,6 +66,7 @@ def show_choice(
         f"Speeds: {problem.profile.source}"
         + (f" ({'; '.join(problem.profile.missing)})" if problem.profile.missing else "")
     )
+    say(error_line(problem))
     say(f"{choice.considered} plans scored in {choice.search_s:.1f} s, the best simulated in {choice.trial_s:.1f} s")
     for x in launches:
         say(f"replica {x.replica}: " + (x.command or f"not for this engine: {'; '.join(x.notes)}"))

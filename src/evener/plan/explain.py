@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from evener.plan.backtests import error_bar
 from evener.plan.more import Gain
 from evener.plan.planner import Choice
 from evener.plan.problem import Problem
@@ -92,6 +93,19 @@ def gains(found: Sequence[Gain]) -> list[str]:
         + (f"capacity x {g.ratio:.2f} ({g.plan})" if g.ratio > 1.005 else "no gain")
         for g in found
     ]
+
+
+def error_line(problem: Problem) -> str:
+    """How far predictions on these devices were off, or that they were never compared."""
+    if any(d.host != "localhost" for d in problem.cluster.devices):
+        return "Error: never back-tested here (devices of other hosts)"
+    bar = error_bar(problem.model, tuple(d.name for d in problem.cluster.devices))
+    if bar is None:
+        return "Error: never back-tested here"
+    return (
+        f"Error: throughput was predicted {bar.count} times for this model on these devices, off by {bar.median:.0%} "
+        f"in the median, {bar.greatest:.0%} at most"
+    )
 
 
 def memory_line(problem: Problem, tried: Tried) -> str:

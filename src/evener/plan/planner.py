@@ -132,4 +132,4 @@ def figures(t: Tried) -> dict[str, Any]:
         "kv_tokens": t.kv_tokens,
         "max_num_batched_tokens": t.max_num_batched_tokens,
     }
-    return out
+    return {**out, "useful": t.useful, "ledger": t.ledger}

@@ -1,0 +1,152 @@
+"""`evener plan` from the command line: what it prints and writes, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from evener.cli.main import app
+from evener.errors import EvenerError, InvalidDevice, InvalidInput, InvalidPlan, InvalidTrace
+from evener.planning import PlanOptions, make_plan, make_problem
+from evener.workload.spec import parse_traffic
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 512,
+    "num_attention_heads": 4, "num_hidden_layers": 4, "num_key_value_heads": 2, "vocab_size": 1000,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
+CLUSTER = """
+hosts:
+  - {name: far, devices: [{device: "cuda:0", profile: t4, count: 2}]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EVENER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "cluster.yaml").write_text(CLUSTER)
+    return tmp_path
+
+
+def run(folder: Path, *args: str) -> str:
+    command = ["plan", str(folder / "config.json"), "--requests", "16", "--max-num-seqs", "4", *args]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_plan_is_chosen_explained_and_written(folder: Path) -> None:
+    out = folder / "plan.yaml"
+    said = run(folder, "--devices", "cpu:0 cpu:1,slowdown=3", "--traffic", "in=32,out=8", "-o", str(out))
+    for part in (
+        "What binds",
+        "One device more",
+        "Why not the usual layouts",
+        "all TP, equal",
+        "never back-tested here",
+    ):
+        assert part in said
+    assert out.read_text().startswith("name:")
+
+
+def test_json_says_everything(folder: Path) -> None:
+    args = ("--devices", "cpu:0 cpu:1", "--traffic", "rate=5,in=32,out=8", "--slo", "ttft=5s", "--json")
+    said = json.loads(run(folder, *args))
+    assert said["goal"] == "goodput" and said["profile"] == "default" and said["demand"]["rate"] == 5
+    ledger = said["predicted"]["ledger"]
+    assert set(ledger) == set(said["predicted"]["devices"])
+    assert all(sum(causes.values()) == pytest.approx(1.0) for causes in ledger.values())
+
+
+def test_absent_gpus_from_a_cluster_file(folder: Path) -> None:
+    args = ("--cluster", str(folder / "cluster.yaml"), "--traffic", "in=32,out=8", "--emit", "vllm", "--json")
+    said = json.loads(run(folder, *args))
+    assert said["profile"] == "published"
+    assert all("vllm serve" in x["command"] for x in said["launch"])
+
+
+def test_layouts_are_judged(folder: Path) -> None:
+    args = ("--devices", "cpu:0 cpu:1,slowdown=4", "--traffic", "in=32,out=8", "--assess", "tp=2", "--assess", "tp=8")
+    said = run(folder, *args)
+    assert "tp=2,pp=1,dp=1: wasteful" in said and "straggler" in said
+    assert "tp=8,pp=1,dp=1: cannot serve" in said
+
+
+def test_sizes(folder: Path) -> None:
+    args = ("--devices", "cpu:0", "--traffic", "rate=1,in=32,out=8", "--size", "--json")
+    said = json.loads(run(folder, *args))
+    assert said["sizes"][0]["count"] == 1
+
+
+def test_what_fits_no_device_is_planned_over_several(folder: Path) -> None:
+    four = " ".join(f"cpu:{k},memory=8MiB" for k in range(4))
+    _, choice = make_plan(model=str(folder / "config.json"), devices=tuple(four.split()), traffic="in=32,out=8",
+                          max_num_seqs=4, requests=8)  # fmt: skip
+    assert all(len(r.devices()) > 1 for r in choice.best.plan.replicas)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"devices": ("cpu:0", "cpu:0")}, InvalidDevice, "named twice"),
+        ({"devices": ("cpu:0",), "cluster": "x.yaml"}, InvalidInput, "leave out --devices"),
+        ({"devices": ("cpu:0",), "traffic": "in=4000,out=8"}, InvalidInput, "context is 2048; shorten"),
+        ({"devices": ("cpu:0",), "dtype": "fp7"}, InvalidInput, "--dtype 'fp7' is not one of"),
+        ({"devices": ("cpu:0",), "traffic": "rate=0"}, InvalidTrace, "must be a positive number"),
+        ({"devices": ("cpu:0",), "traffic": "speed=3"}, InvalidTrace, "is not one of rate, in, out"),
+        ({"devices": ("cpu:0",), "slo": "ttft=2"}, InvalidInput, "with a unit"),
+        ({"devices": ("cpu:0,memory=1MiB",), "traffic": "in=32,out=8"}, InvalidPlan, "bytes short"),
+    ],
+)
+def test_refusals(folder: Path, options: dict[str, object], error: type[EvenerError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_plan(model=str(folder / "config.json"), **options)
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="option 'speed' is unknown"):
+        make_plan(speed=3)
+    assert PlanOptions().policy == "equal-time"
+
+
+def test_traffic_is_that_of_bench(folder: Path) -> None:
+    """The same lengths and arrivals as `evener bench` draws from the same seed."""
+    from evener.workload.traffic import Traffic, make_requests
+
+    ours = parse_traffic("rate=3,in=uniform:8:90,out=lognormal:20:0.5,requests=20,seed=4,burstiness=0.5").trace.rows
+    lengths = {"input_tokens": "uniform:8:90", "output_tokens": "lognormal:20:0.5"}
+    theirs = make_requests(Traffic(requests=20, rate=3, burstiness=0.5, seed=4, **lengths))
+    assert [(r.arrival_s, r.input_tokens, r.output_tokens) for r in ours] == [
+        (r.arrival_s, r.input_tokens, r.output_tokens) for r in theirs
+    ]
+
+
+def test_traces_with_and_without_arrivals(folder: Path) -> None:
+    timed, plain = folder / "timed.csv", folder / "plain.csv"
+    timed.write_text("arrival_s,input_tokens,output_tokens\n0,10,5\n2,20,6\n4,30,7\n")
+    plain.write_text("input_tokens,output_tokens\n10,5\n20,6\n")
+    assert parse_traffic(str(timed)).rate == 0.5
+    assert parse_traffic(f"trace={timed},scale=2,requests=2").rate == 1.0
+    assert parse_traffic(str(plain)).rate is None
+    with pytest.raises(InvalidTrace, match="leave it out"):
+        parse_traffic(f"trace={timed},rate=2")
+    problem = make_problem(PlanOptions(model=str(folder / "config.json"), devices=("cpu:0",), traffic=str(timed)))
+    assert problem.demand.input_tokens == 20 and problem.demand.longest == 37
+
+
+def test_back_tests_give_the_error_bar(folder: Path) -> None:
+    from evener.plan.backtests import BackTest, backtests_path, describe_model, error_bar, keep_backtest
+
+    model = make_problem(PlanOptions(model=str(folder / "config.json"), traffic="in=32,out=8")).model
+    assert error_bar(model, ("cpu:0",)) is None
+    for predicted in (90.0, 120.0, 103.0):
+        keep_backtest(BackTest(describe_model(model), "tp2", ("cpu:0", "cpu:1"), predicted, 100.0))
+    assert error_bar(model, ("cpu:0",)) is None, "another set of devices"
+    bar = error_bar(model, ("cpu:0", "cpu:1", "cpu:2"))
+    assert bar is not None and (bar.count, round(bar.median, 6), round(bar.greatest, 6)) == (3, 0.1, 0.2)
+    assert "off by 10% in the median" in run(folder, "--devices", "cpu:0 cpu:1", "--traffic", "in=32,out=8")
+    backtests_path().write_text("[")
+    with pytest.raises(InvalidInput, match="delete the file"):
+        error_bar(model, ("cpu:0",))
