@@ -58,36 +58,24 @@ class SpanMaker:
         """The batch is done here, its results are sent."""
         cpu, ended = time.thread_time_ns(), time.monotonic_ns()
         delay = self._kernel.delay()
-        own_wall = own_cpu = straggler = bubble = moving = late = wait_cpu = 0
-        traffic: dict[int, list[int]] = {}
-        at, at_cpu = self._began, self._cpu
+        late = wait_cpu = 0
+        kinds: list[list[int]] = [[0, 0, 0, 0] for _ in Op]
         for op, nbytes, (entered, arrived, done, cpu_in, cpu_out) in self.log:
-            own_wall += entered - at
-            own_cpu += cpu_in - at_cpu
-            waited = arrived - entered
             moved = done - arrived
-            if op <= _TO_ALL:
-                straggler += waited
-            else:
-                bubble += waited
-            moving += moved
-            in_cpu = cpu_out - cpu_in
-            wait_cpu += in_cpu
-            # Off the CPU for longer than there was to wait for: it went on losing time after all had arrived.
-            over = moved - in_cpu
-            if over > 0:
-                late += over
-            kind = traffic.get(op)
-            if kind is None:
-                traffic[op] = [1, nbytes, waited, moved]
-            else:
-                kind[0] += 1
-                kind[1] += nbytes
-                kind[2] += waited
-                kind[3] += moved
-            at, at_cpu = done, cpu_out
-        own_wall += ended - at
-        own_cpu += cpu - at_cpu
+            used = cpu_out - cpu_in
+            wait_cpu += used
+            if moved > used:  # off the CPU for longer than there was to wait for: it lost time after all had arrived
+                late += moved - used
+            kind = kinds[op]
+            kind[0] += 1
+            kind[1] += nbytes
+            kind[2] += arrived - entered
+            kind[3] += moved
+        straggler = sum(kind[2] for kind in kinds[: _TO_ALL + 1])
+        bubble = sum(kind[2] for kind in kinds[_TO_ALL + 1 :])
+        moving = sum(kind[3] for kind in kinds)
+        own_wall = ended - self._began - straggler - bubble - moving
+        own_cpu = cpu - self._cpu - wait_cpu
         self.wait_cpu += wait_cpu
         slept = self._pace.slept_ns - self._slept
         off = max(0, own_wall - own_cpu - slept)
@@ -116,7 +104,8 @@ class SpanMaker:
                 idle_contended=Nanoseconds(self._idle_delay),
                 traffic=tuple(
                     Traffic(op, count, nbytes, Nanoseconds(waited), Nanoseconds(moved))
-                    for op, (count, nbytes, waited, moved) in traffic.items()
+                    for op, (count, nbytes, waited, moved) in enumerate(kinds)
+                    if count
                 ),
                 segments=self._segments(ended, cpu) if self._keep_segments else (),
             )
