@@ -74,6 +74,15 @@ def test_layouts_are_judged(folder: Path) -> None:
     assert "tp=8,pp=1,dp=1: cannot serve" in said
 
 
+def test_what_another_plan_would_do(folder: Path) -> None:
+    (folder / "other.yaml").write_text("replicas: [{stages: [{shards: ['cpu:1']}]}]")
+    args = ("--devices", "cpu:0 cpu:1,slowdown=4", "--traffic", "in=32,out=8", "--what-if", str(folder / "other.yaml"))
+    said = json.loads(run(folder, *args, "--json"))
+    (row,) = said["assessed"]
+    assert row["layout"] == "what if: other.yaml" and row["verdict"] == "wasteful"
+    assert row["predicted"]["capacity_tok_s"] < said["choice"]["capacity_tok_s"]
+
+
 def test_sizes(folder: Path) -> None:
     args = ("--devices", "cpu:0", "--traffic", "rate=1,in=32,out=8", "--size", "--json")
     said = json.loads(run(folder, *args))

@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from evener.cli.plan_output import choice_json, show_assessments, show_choice, show_sizes
 from evener.errors import InvalidInput
 from evener.plan.assess import assess as judge
-from evener.plan.assess import parse_layout
+from evener.plan.assess import judge_plan, parse_layout
 from evener.plan.emit import ENGINES
 from evener.plan.emit import emit as emit_commands
-from evener.plan.load import save_plan
+from evener.plan.load import load_plan, save_plan
 from evener.plan.more import one_more
 from evener.plan.planner import choose_plan
 from evener.plan.search import Scored
@@ -55,6 +56,10 @@ def plan(
         list[str] | None,
         typer.Option("--assess", help="Judge this layout, as in tp=8,pp=4,dp=2. Repeatable.", show_default=False),
     ] = None,
+    what_if: Annotated[
+        Path | None,
+        typer.Option(help="What this plan (YAML) would do on the traffic, beside the choice.", show_default=False),
+    ] = None,
     size: Annotated[
         bool, typer.Option("--size", help="How many devices of each kind the rate and objective take.")
     ] = False,
@@ -81,8 +86,8 @@ def plan(
     layouts = [parse_layout(text) for text in assess or ()]
     if emit is not None and emit not in ENGINES:
         raise InvalidInput(f"--emit {emit!r} is not one of {', '.join(ENGINES)}")
-    if size and (assess or emit):
-        raise InvalidInput("--size asks another question than --assess and --emit; ask one at a time")
+    if size and (assess or emit or what_if):
+        raise InvalidInput("--size asks another question than --assess, --what-if and --emit; ask one at a time")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=as_json_) as bar:
         task = bar.add_task("searching", total=None)
@@ -95,8 +100,11 @@ def plan(
         else:
             choice = choose_plan(problem, requests=requests, progress=progress)
             assessed = [judge(problem, layout, choice.items, choice.best) for layout in layouts]
+            if what_if is not None:
+                plan = structs.replace(load_plan(what_if, problem.model), name=f"what if: {what_if.name}")
+                assessed.append(judge_plan(problem, plan, choice.items, choice.best))
             bar.update(task, description="one device more", total=None)
-            more = [] if assess else list(one_more(problem, Scored(choice.best.plan, choice.best.load)))
+            more = [] if assessed else list(one_more(problem, Scored(choice.best.plan, choice.best.load)))
     if size:
         show_sizes(sizes, problem, as_json_)
         return

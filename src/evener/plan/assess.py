@@ -8,7 +8,7 @@ is in the ledger that comes with the verdict.
 import re
 from collections.abc import Sequence
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from evener.errors import InvalidInput, InvalidPlan
 from evener.ledger.causes import COMPUTE, Cause
@@ -56,6 +56,12 @@ def assess(
         plan = equal_plan(problem.model, problem.cluster.devices, tp, pp, dp)
     except InvalidPlan as error:
         return Assessment(name, "cannot serve", (error.message,), None)
+    return judge_plan(problem, structs.replace(plan, name=name), items, best)
+
+
+def judge_plan(problem: Problem, plan: Plan, items: Sequence[Item], best: Tried | None = None) -> Assessment:
+    """Try any plan on `items`."""
+    name = plan.name
     scored = score_or_reason(problem, plan, name)
     if isinstance(scored, str):
         return Assessment(name, "cannot serve", (scored,), None)
