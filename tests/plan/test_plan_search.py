@@ -14,7 +14,7 @@ from evener.plan.pipeline import deal_layers
 from evener.plan.problem import Problem
 from evener.plan.search import Scored, describe_shape, score, search
 from evener.spec.memory import kv_blocks
-from evener.spec.plan import validate
+from evener.spec.plan import size, validate
 
 seeds = st.integers(0, 100_000)
 few = settings(max_examples=15, deadline=None)
@@ -106,15 +106,16 @@ def test_a_device_that_only_slows_the_others_is_left_out() -> None:
     assert "cpu:2" not in found.plan.devices()
 
 
-def test_little_kv_room_moves_layers() -> None:
-    """With room for few rows beside equal layers, layers go where the memory is: it is the rows that pay."""
-    tight = make_problem(Situation((1.0, 1.0), (1_300_000, 2_200_000), 64, 200, 16))
-    (replica,) = search(tight)[0].plan.replicas
-    if len(replica.stages) == 2:
-        sizes = {st.shards[0].device: st.layers[1] - st.layers[0] for st in replica.stages}
-        assert sizes["cpu:1"] > sizes["cpu:0"]
-    else:
-        assert replica.devices() == ("cpu:1",) or len(replica.stages[0].shards) == 2
+def test_little_memory_moves_layers() -> None:
+    """Equal speeds: with equal memory the layers are halved, with unequal memory they go where KV has room."""
+
+    def layers(*memories: int) -> dict[str, int]:
+        (replica,) = search(make_problem(Situation((1.0, 1.0), memories, 64, 200, 16)))[0].plan.replicas
+        assert len(replica.stages) == 2
+        return {st.shards[0].device: size(st.layers) for st in replica.stages}
+
+    assert layers(1_800_000, 1_800_000) == {"cpu:0": 3, "cpu:1": 3}
+    assert layers(1_300_000, 2_200_000) == {"cpu:0": 1, "cpu:1": 5}
 
 
 @few
