@@ -23,7 +23,8 @@ REPLICA = Replica((Stage((0, 1), (Shard("cpu:0", (0, 1), (0, 16), (0, 40), (0, 4
 CONFIG = WorkerConfig(
     model="x" * 500_000,  # longer than a pipe holds
     spec=ModelSpec("llama", 40, 8, 1, 1, 1, 8, 16, 64), replica=REPLICA, replica_index=0, stage=0, rank=0,
-    device=DEVICE, devices=(DEVICE,), links=(), epoch=0, dtype="fp32", kv_blocks=1, block_tokens=16, max_num_seqs=1,
+    device=DEVICE, devices=(DEVICE,), links=(), epoch=0, dtype="fp32", kv_dtype="fp32", kv_blocks=1,
+    block_tokens=16, max_num_seqs=1,
     max_model_len=16, max_batch_tokens=16, control_pid=os.getpid(), endpoint="ipc:///nowhere", segment_fd=-1,
     shares_core=False, wait_deadline_s=1.0,
 )  # fmt: skip
