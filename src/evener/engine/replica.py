@@ -124,6 +124,11 @@ class ReplicaEngine:
         """Sequences that hold a slot and have not ended."""
         return self._running
 
+    @property
+    def batches_issued(self) -> int:
+        """So far."""
+        return self._next_batch
+
     def has_work(self) -> bool:
         """Some sequence has not ended."""
         return self.waiting.rows > 0 or self._running > 0
