@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from evener.plan.capacity import Capacity, replica_capacity
 from evener.plan.problem import Problem
-from evener.plan.stages import Group, StageOption, Stages
+from evener.plan.stages import SPLITS, Group, Split, StageOption, Stages
 from evener.spec.plan import Replica, Stage, intervals
 
 
@@ -92,14 +92,26 @@ class _Pipe:
 def build_replica(
     problem: Problem, stages: Stages, groups: Sequence[Group], targets: Sequence[int] | None = None, polish: bool = True
 ) -> Candidate | None:
-    """The replica with these groups as stages, in this order, that serves the most; None when none fits."""
+    """The replica with these groups as stages, in this order, that serves the most; None when none fits.
+
+    Groups of several devices are split by speed, by memory (which leaves more KV room) and half way between.
+    """
+    splits: tuple[Split, ...] = SPLITS if any(len(g) > 1 for g in groups) else ("speed",)
+    built = [_build(problem, stages, groups, targets, polish, by) for by in splits]
+    able = [c for c in built if c is not None]
+    return max(able, key=lambda c: c.capacity.requests_s) if able else None
+
+
+def _build(
+    problem: Problem, stages: Stages, groups: Sequence[Group], targets: Sequence[int] | None, polish: bool, by: Split
+) -> Candidate | None:
     total = problem.model.layers
     if len(groups) > total:
         return None
     options = []
     for s, group in enumerate(groups):
         onward = groups[s + 1] if s + 1 < len(groups) else ()
-        option = stages.option(group, first=s == 0, last=s == len(groups) - 1, onward=onward)
+        option = stages.option(group, first=s == 0, last=s == len(groups) - 1, onward=onward, by=by)
         if option is None:
             return None
         options.append(option)

@@ -6,22 +6,24 @@ layer and two give both. Groups of equal devices are interchangeable, so each ki
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from msgspec import structs
 
 from evener.cost.base import BatchShape, CostModel
 from evener.cost.rates import Profile, bind
 from evener.cost.roofline import DeviceCosts
-from evener.errors import InvalidPlan
 from evener.plan.default import FFN_UNIT, split_stage
 from evener.plan.problem import Problem
 from evener.spec.cluster import Device
 from evener.spec.links import Links
 from evener.spec.memory import block_bytes, weight_bytes, workspace_bytes
-from evener.spec.plan import Plan, Replica, Shard, Stage, head_unit, split_by_weight
-from evener.units import NS_PER_S, Bytes
+from evener.spec.plan import Interval, Plan, Replica, Shard, Stage, head_unit, size, split_by_weight
+from evener.units import NS_PER_S
 
+Split = Literal["speed", "both", "memory"]
+"""How a group of several devices is divided: by speed, by memory (more KV room), or half way between."""
+SPLITS: tuple[Split, ...] = ("speed", "both", "memory")
 UNBOUNDED = 1 << 60
 Group = tuple[str, ...]
 """Names of the devices of one stage."""
@@ -110,14 +112,16 @@ class Stages:
         key = (rates, d.memory)
         return self._kinds.setdefault(key, len(self._kinds))
 
-    def option(self, group: Group, *, first: bool, last: bool, onward: Group = ()) -> StageOption | None:
-        """The group as a stage, in front of `onward`; None when no split of it fits its memory."""
+    def option(
+        self, group: Group, *, first: bool, last: bool, onward: Group = (), by: Split = "speed"
+    ) -> StageOption | None:
+        """The group as a stage, in front of `onward`; None when it does not fit its memory."""
         kinds = tuple(self.kind[n] for n in group)
         onward_size = len(onward) if self.problem.cluster.links else 0
         inside, outward = self._links(group, group), self._links(group, onward)
-        key = (kinds, first, last, inside, onward_size, outward)
+        key = (kinds, first, last, by if len(group) > 1 else None, inside, onward_size, outward)
         if key not in self._options:
-            self._options[key] = self._price(group, first, last, onward)
+            self._options[key] = self._price(group, first, last, onward, by)
         known = self._options[key]
         if known is None:
             return None
@@ -130,26 +134,15 @@ class Stages:
         found = {(float(x.delay), x.bandwidth or 0.0) for x in self._declared.between(a, b)}
         return tuple(sorted(found))
 
-    def _price(self, group: Group, first: bool, last: bool, onward: Group) -> StageOption | None:
-        problem, model = self.problem, self.problem.model
-        try:
-            costs = [
-                DeviceCosts(self.profile.device(n), model, alone=False, dtype=problem.memory.dtype,
-                            kv_dtype=problem.memory.kv_dtype)
-                for n in group
-            ]  # fmt: skip
-            by_speed = split_stage(model, list(group), costs, self._shape, first=first, last=last)
-        except InvalidPlan:
-            return None
-        rooms = self._rooms(by_speed)
-        shards = by_speed
+    def _price(self, group: Group, first: bool, last: bool, onward: Group, by: Split) -> StageOption | None:
+        problem = self.problem
+        if by == "speed" or len(group) == 1:
+            shards = self._split_by_speed(group, first, last)
+        else:
+            shards = self._split_by_memory(group, first, last, half_way=by == "both")
+        rooms = self._rooms(shards)
         if min(room.most_layers(1) for room in rooms) < 1:
-            by_memory = self._split_by_memory(group, first, last)
-            if by_memory is None:
-                return None
-            shards, rooms = by_memory, self._rooms(by_memory)
-            if min(room.most_layers(1) for room in rooms) < 1:
-                return None
+            return None
         replicas = []
         before = [Stage((0, 1), shards)] if not first and len(group) > 1 else []
         after = [] if last else [self._after(group, onward)]
@@ -178,16 +171,31 @@ class Stages:
             rooms.append(Room(both, problem.kv_bytes, layer, block))
         return tuple(rooms)
 
-    def _split_by_memory(self, group: Group, first: bool, last: bool) -> tuple[Shard, ...] | None:
-        """Heads, columns and vocabulary rows in proportion to declared memory, for when the fast have little of it."""
+    def _split_by_speed(self, group: Group, first: bool, last: bool) -> tuple[Shard, ...]:
+        model, memory = self.problem.model, self.problem.memory
+        costs = [
+            DeviceCosts(self.profile.device(n), model, alone=False, dtype=memory.dtype, kv_dtype=memory.kv_dtype)
+            for n in group
+        ]
+        return split_stage(model, list(group), costs, self._shape, first=first, last=last)
+
+    def _split_by_memory(self, group: Group, first: bool, last: bool, half_way: bool) -> tuple[Shard, ...]:
+        """Heads, columns and vocabulary rows in proportion to memory (evenly where none is declared): slower, but with
+        more KV room where the fast have little memory. `half_way`: towards the split by speed."""
         declared = [self.devices[n].memory for n in group]
-        if None in declared:
-            return None
-        weights = [float(Bytes(m or 0)) for m in declared]
-        model = self.problem.model
-        heads = split_by_weight(model.heads, weights, head_unit(model))
-        ffn = split_by_weight(model.ffn, weights, model.quant_group)
-        vocab = split_by_weight(model.vocab, weights, FFN_UNIT if model.vocab >= FFN_UNIT * len(group) else 1)
+        weights = [1.0 if None in declared else float(m or 0) for m in declared]
+        model, fast = self.problem.model, self._split_by_speed(group, first, last)
+
+        def cut(total: int, multiple: int, by_speed: list[int]) -> tuple[Interval, ...]:
+            shares = [w / sum(weights) for w in weights]
+            if half_way:
+                shares = [(w + n / max(1, sum(by_speed))) / 2 for w, n in zip(shares, by_speed, strict=True)]
+            return split_by_weight(total, shares, multiple)
+
+        heads = cut(model.heads, head_unit(model), [size(sh.heads) for sh in fast])
+        ffn = cut(model.ffn, model.quant_group, [size(sh.ffn) for sh in fast])
+        ends = [max(size(sh.embed_rows), size(sh.head_rows)) for sh in fast]
+        vocab = cut(model.vocab, FFN_UNIT if model.vocab >= FFN_UNIT * len(group) else 1, ends)
         none = (0, 0)
         return tuple(
             Shard(n, heads[k], ffn[k], vocab[k] if first else none, vocab[k] if last else none)
