@@ -232,3 +232,27 @@ def test_a_small_replica_takes_over_what_fits_it() -> None:
     )
     rows = [row.request_id for c in issued if isinstance(c, IssueBatch) and c.replica == 1 for row in c.batch.new]
     assert rows == ["small"]
+
+
+def test_a_preempted_prompt_counts_once() -> None:
+    """Counters of prompt tokens are what clients sent, however often a prompt was computed."""
+    preempted = 0
+    for seed in range(10):
+        case = Case(seed, "fcfs", 1, 1, 19, 40, False, False)
+        simulator = make_simulator(case)
+        simulator.run()
+        (replica,) = simulator.brain.replicas
+        preempted += replica.preemptions
+        assert replica.prompt_tokens == sum(t.request.prompt_len for t in make_traffic(case))
+    assert preempted > 10
+
+
+def test_static_batches_keep_to_the_token_budget() -> None:
+    """A prompt longer than a batch may be, runs in pieces: workers have room for no more."""
+    simulator = make_simulator(Case(5, "static", 1, 1, 400, 30, False, False))
+    most = 0
+    while simulator.pending:
+        for command in simulator.advance():
+            if isinstance(command, IssueBatch):
+                most = max(most, command.batch.shape.tokens)
+    assert max(t.request.prompt_len for t in make_traffic(Case(5, "static", 1, 1, 400, 30, False, False))) > 64 >= most

@@ -202,7 +202,15 @@ class Static:
 
     def _prefill(self, replica: ReplicaEngine, build: BatchBuilder, prefilling: list[Sequence]) -> None:
         """Whole prompts, each padded to the longest of the static batch, as many as the token budget takes."""
-        rows = max(1, replica.config.max_num_batched_tokens // replica.static_longest)
+        budget = replica.config.max_num_batched_tokens
+        if replica.static_longest > budget:  # in pieces, one prompt at a time
+            seq = prefilling[0]
+            count = min(seq.left, budget)
+            if count == seq.left:
+                build.pad_tokens += min(budget - count, replica.static_longest - seq.target)
+            build.chunk(seq, count)
+            return
+        rows = budget // replica.static_longest
         rows = min(rows, -(-replica.static_size // len(replica.groups)))
         for seq in prefilling[:rows]:
             build.pad_tokens += replica.static_longest - seq.left

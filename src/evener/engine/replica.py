@@ -189,6 +189,8 @@ class ReplicaEngine:
         seq.computed = len(hits) * size
         if seq.first_answer:
             seq.cached = seq.computed
+        if not seq.counted:  # it may come again after a preemption, or from a lost replica
+            seq.counted = True
             self.prompt_tokens += seq.request.prompt_len
         self.prefix_hit_tokens += seq.computed
         seq.published = len(hits)

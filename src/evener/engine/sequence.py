@@ -28,9 +28,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival", "blocks", "cached", "computed", "emitted", "first_answer", "group", "join_length", "join_step",
-        "keys", "last_batch", "length", "order", "phase", "preempted", "prompt_logprobs", "published", "redo",
-        "request", "slot", "state", "target", "tokens", "told",
+        "arrival", "blocks", "cached", "computed", "counted", "emitted", "first_answer", "group", "join_length",
+        "join_step", "keys", "last_batch", "length", "order", "phase", "preempted", "prompt_logprobs", "published",
+        "redo", "request", "slot", "state", "target", "tokens", "told",
     )  # fmt: skip
 
     def __init__(self, request: Request, order: int, arrival: Nanoseconds) -> None:
@@ -48,6 +48,8 @@ class Sequence:
         self.told = 0
         """Output tokens that the length estimator has heard of."""
         self.first_answer = True
+        self.counted = False
+        """Its prompt is among some replica's `prompt_tokens`."""
         self.slot = -1
         self.blocks: list[int] = []
         self.keys: list[Key] = []
