@@ -9,6 +9,7 @@ from evener.cli.compare import compare
 from evener.cli.devices import devices
 from evener.cli.ledger import ledger
 from evener.cli.plan import plan
+from evener.cli.quality import quality
 from evener.cli.replay import replay
 from evener.cli.serve import serve
 from evener.cli.simulate import simulate
@@ -32,6 +33,7 @@ app.command()(compare)
 app.command()(replay)
 app.command()(ledger)
 app.command()(verify)
+app.command()(quality)
 
 
 def main() -> None:
