@@ -10,6 +10,8 @@ from evener.units import Nanoseconds
 
 _PERIOD_NS = 100_000_000
 """Between two bundles of a busy worker."""
+_PAUSE_NS = 200_000
+"""From the end of a batch to the next command, where that is already there, it takes less."""
 _IDLE_MS = 10
 """A worker that has had no command for so long has nothing better to do than to send its bundle."""
 
@@ -33,6 +35,8 @@ class Inbox:
             self.send_spans()
         try:
             data = self._socket.recv(zmq.NOBLOCK)
+            # Off the core since the last batch ended? Then the command may have come any time meanwhile.
+            self._idle |= time.monotonic_ns() - self._spans.began > _PAUSE_NS
         except zmq.Again:
             if not self._socket.poll(_IDLE_MS):
                 self.send_spans()

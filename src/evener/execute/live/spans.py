@@ -46,6 +46,11 @@ class SpanMaker:
         self.woken()
         self.idle_cpu = 0
 
+    @property
+    def began(self) -> int:
+        """Where the next span begins, unless the worker is woken first."""
+        return self._began
+
     def woken(self) -> None:
         """A batch came after the worker had been idle: its span begins now. Otherwise it began with the last's end."""
         cpu, self._began = time.thread_time_ns(), time.monotonic_ns()
