@@ -57,19 +57,22 @@ class _WritingLedger(Ledger):
 
 
 def header(
-    devices: Sequence[str], tp: int, pp: int, dp: int, kv_blocks: int = 64, **brain: Any
-) -> tuple[Header, RooflineCostModel]:
+    devices: Sequence[str], tp: int, pp: int, dp: int, kv_blocks: int = 64, dtype: str = "fp32",
+    kv_dtype: str = "fp32", **brain: Any,
+) -> tuple[Header, RooflineCostModel]:  # fmt: skip
     """A plan for a small model, and its cost model."""
     parsed = [parse_device(d) for d in devices]
     profile = bind(default_profile(parsed), parsed)
     plan = default_plan(MODEL, parsed, tp, pp, dp, profile, TrafficMix())
-    costs = {"kind": "roofline", "version": 0, "dtype": "fp32", "profile": msgspec.to_builtins(profile)}
+    costs = {
+        "kind": "roofline", "version": 0, "dtype": dtype, "kv_dtype": kv_dtype, "profile": msgspec.to_builtins(profile),
+    }  # fmt: skip
     config = BrainConfig(**{"max_num_seqs": 8, "max_num_batched_tokens": 64, **brain})
     start = Nanoseconds(0)
     written = Header(
         FORMAT, "test", start, MODEL, "tiny", plan, Cluster(tuple(parsed)), [kv_blocks] * dp, config, costs
     )  # fmt: skip
-    return written, RooflineCostModel(MODEL, plan, profile)
+    return written, RooflineCostModel(MODEL, plan, profile, dtype=dtype, kv_dtype=kv_dtype)
 
 
 def write_recording(
@@ -84,7 +87,8 @@ def write_recording(
     """Simulate and record. `truth`: what batches really take, where that is not what `costs` say."""
     recorder = Recorder(path)
     recorder.add(written)
-    work = PlanWork(MODEL, written.plan, bind(recorded_profile(written), written.cluster.devices))
+    profile = bind(recorded_profile(written), written.cluster.devices)
+    work = PlanWork(MODEL, written.plan, profile, written.costs["dtype"], written.costs["kv_dtype"])
     ledger = _WritingLedger(written.plan, costs, start=written.started, work=work)
     brain = _WritingBrain(written.plan, written.kv_blocks, costs, written.brain, journal=ledger)
     ledger.recorder = brain.recorder = recorder

@@ -12,6 +12,7 @@ from tests.workload.recordings import header, write_recording
 from typer.testing import CliRunner
 
 from evener.cli.main import app
+from evener.cost.base import BatchShape
 from evener.engine.events import Answer
 from evener.engine.request import Request
 from evener.errors import InvalidInput
@@ -56,6 +57,19 @@ def test_law_4_and_the_ledger_are_rebuilt(
         assert done.batches == 0 and leave
     else:
         assert done.ledger.account() == ledger.account()
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("int8", "int8"), ("fp32", "bf16"), ("int8", "fp32")])
+def test_a_replay_knows_the_dtypes(tmp_path: Path, dtype: str, kv_dtype: str) -> None:
+    """Of weights and of KV: what batches take, and with it chunks and routes, follows from both."""
+    path = tmp_path / "run.evener"
+    written, costs = header(FOUR, 1, 1, 2, dtype=dtype, kv_dtype=kv_dtype)
+    _, ledger = write_recording(path, written, costs, traffic(3, 30))
+    shape = BatchShape(decode_rows=8, decode_context=100_000, sampled_rows=8)
+    assert recorded_costs(written).batch_ns(0, shape) == costs.batch_ns(0, shape)
+    done = replay(path)
+    assert done.difference is None and done.ledger is not None
+    assert done.ledger.account() == ledger.account()
 
 
 @given(st.sampled_from(sorted(LAYOUTS)), st.integers(0, 10_000), st.integers(1, 30))

@@ -21,7 +21,7 @@ from evener.profile.store import load_profile
 from evener.workload.backtest import Line, achieved, predicted, read_traffic, set_beside
 from evener.workload.bars import plot_ledgers
 from evener.workload.calibrate import observe
-from evener.workload.replay import recorded_costs
+from evener.workload.replay import recorded_costs, recorded_kv_dtype
 from evener.workload.replay import replay as run_again
 from evener.workload.slo import parse_slo
 
@@ -112,8 +112,9 @@ def _costs(kind: str, header: Header, fit_on: Path, record: Path) -> tuple[CostM
         names = " ".join(d.name for d in devices)
         raise InvalidInput(f"{names} were not measured here; run `evener devices --devices {names}` first")
     costs = RooflineCostModel(
-        header.model, header.plan, bind(profile, devices), dtype=header.costs["dtype"], links=header.cluster.links
-    )
+        header.model, header.plan, bind(profile, devices), dtype=header.costs["dtype"],
+        kv_dtype=recorded_kv_dtype(header), links=header.cluster.links,
+    )  # fmt: skip
     return costs, "assumed rates" if kind == "default" else "this host's measured profile"
 
 

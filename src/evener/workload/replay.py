@@ -72,8 +72,14 @@ def recorded_costs(header: Header) -> CostModel:
         )
     return RooflineCostModel(
         header.model, header.plan, bind(recorded_profile(header), header.cluster.devices), made_of["version"],
-        dtype=made_of["dtype"], links=header.cluster.links,
+        dtype=made_of["dtype"], kv_dtype=recorded_kv_dtype(header), links=header.cluster.links,
     )  # fmt: skip
+
+
+def recorded_kv_dtype(header: Header) -> str:
+    """Of the run's KV cache. Recordings made before it could differ from the weights' do not say it."""
+    said: str = header.costs.get("kv_dtype") or header.costs["dtype"]
+    return said
 
 
 def recorded_profile(header: Header) -> Profile:
@@ -84,7 +90,7 @@ def recorded_profile(header: Header) -> Profile:
 def recorded_work(header: Header) -> PlanWork:
     """Operations and bytes of batches, to set the ledger's compute beside the peak."""
     profile = bind(recorded_profile(header), header.cluster.devices)
-    return PlanWork(header.model, header.plan, profile, header.costs["dtype"])
+    return PlanWork(header.model, header.plan, profile, header.costs["dtype"], recorded_kv_dtype(header))
 
 
 def replay(path: Path) -> Replayed:
