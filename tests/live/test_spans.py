@@ -203,3 +203,13 @@ def test_the_kernels_counters_can_be_read() -> None:
     assert cpu >= 0 and all(d >= 0 for d in delays)
     assert 0 <= kernel.take_stolen(5) <= 5
     assert kernel.take_stolen(0) == 0
+
+
+def test_a_slow_device_owes_for_all_but_its_operations() -> None:
+    """Also for the calls around them, so that it takes `slowdown` times its CPU time."""
+    pace = Pace(3.0)
+    pace.owed_ns = 0.0
+    start = pace._cpu_ns
+    pace.skip(Stamp(Ns(0), Ns(0), Ns(0), Ns(start + 5_000), Ns(start + 90_000)))
+    pace.skip(Stamp(Ns(0), Ns(0), Ns(0), Ns(start + 91_000), Ns(start + 99_000)))
+    assert pace.owed_ns == (5_000 + 1_000) * 2

@@ -63,6 +63,11 @@ def test_killed_worker(tiny: Path, tmp_path: Path, layout: tuple[str, str]) -> N
             assert "cpu:1" in str(client.error) and "SIGKILL" in str(client.error)
         status, body = server.get("/health")
         assert status == 503 and "cpu:1" in str(body) and "restart" in str(body)
+        _, ledger = server.get("/ledger")
+        assert "SIGKILL" in ledger["replicas"]["0"]["down"]
+        for device in ledger["devices"].values():
+            assert device["causes"]["down"] > 0
+            assert sum(device["causes_ns"]) == round(device["wall_s"] * 1e9)
         late = Client(server)
         late.join(10)
         assert isinstance(late.error, openai.InternalServerError) and late.error.status_code == 503

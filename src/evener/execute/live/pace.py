@@ -36,9 +36,10 @@ class Pace:
             self.owed_ns -= slept
             self.slept_ns += slept
 
-    def skip(self) -> None:
-        """What was just computed is not the device's own work (waiting in a transport): owe nothing for it."""
-        self._cpu_ns = time.thread_time_ns()
+    def skip(self, stamp: Stamp) -> None:
+        """An operation of a transport is not the device's own work: owe nothing for it, but for the way into it."""
+        self.owed_ns += (stamp.cpu_entered - self._cpu_ns) * (self.slowdown - 1.0)
+        self._cpu_ns = stamp.cpu_ended
 
 
 class PacedGroup:
@@ -53,7 +54,7 @@ class PacedGroup:
     def _run(self, operation: Any, *tensors: torch.Tensor) -> Stamp:
         self._pace.pay()
         stamp: Stamp = operation(*tensors)
-        self._pace.skip()
+        self._pace.skip(stamp)
         return stamp
 
     def all_reduce(self, t: torch.Tensor) -> Stamp:
@@ -84,13 +85,13 @@ class PacedPipe:
         """See Pipe."""
         self._pace.pay()
         stamp = self._inner.send(t)
-        self._pace.skip()
+        self._pace.skip(stamp)
         return stamp
 
     def recv(self, out: torch.Tensor) -> Stamp:
         """See Pipe."""
         stamp = self._inner.recv(out)
-        self._pace.skip()
+        self._pace.skip(stamp)
         return stamp
 
     def poll(self) -> bool:
