@@ -376,6 +376,8 @@ class Brain:
         self._note(replica)
         if self.journal is not None:
             self._tell_state(self.journal, replica, now)
+        else:
+            replica.newly_preempted.clear()  # nobody asks
 
     def _balance(self, now: Nanoseconds) -> list[int]:
         """Move requests that wait at one replica to others that would start them at once."""

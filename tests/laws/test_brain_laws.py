@@ -4,7 +4,17 @@ from collections import Counter
 
 import msgspec
 from hypothesis import HealthCheck, given, settings
-from tests.laws.traffic import SLOTS, Case, SimpleCosts, cases, make_brain, make_plan, make_simulator, make_traffic
+from tests.laws.traffic import (
+    SLOTS,
+    Case,
+    SimpleCosts,
+    cases,
+    make_brain,
+    make_ledger,
+    make_plan,
+    make_simulator,
+    make_traffic,
+)
 
 from evener.brain import Brain, BrainConfig
 from evener.engine.batch import BatchResult
@@ -244,6 +254,19 @@ def test_a_preempted_prompt_counts_once() -> None:
         (replica,) = simulator.brain.replicas
         preempted += replica.preemptions
         assert replica.prompt_tokens == sum(t.request.prompt_len for t in make_traffic(case))
+    assert preempted > 10
+
+
+def test_names_of_preempted_requests_do_not_gather() -> None:
+    """They are kept for the journal: once told, or where there is none, they are gone."""
+    preempted = 0
+    for seed in range(10):
+        case = Case(seed, "fcfs", 1, 1, 19, 40, False, False)
+        simulator = make_simulator(case, ledger=make_ledger(case) if seed % 2 else None)
+        simulator.run()
+        (replica,) = simulator.brain.replicas
+        preempted += replica.preemptions
+        assert not replica.newly_preempted
     assert preempted > 10
 
 
