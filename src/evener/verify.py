@@ -23,9 +23,11 @@ from evener.llm import LLM, RequestOutput, SamplingParams
 from evener.model.source import ModelSource, open_model
 from evener.spec.memory import BLOCK_TOKENS
 
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.03, "int8": 0.1}
+# SmolLM2-135M, 400 positions of random tokens and of prose: the largest error was 0.004 in bf16 and 0.018 in int8, the
+# mean divergence over the whole vocabulary 1.7e-4 and 6.1e-3.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.015, "int8": 0.06}
 """Largest error of a log-probability over the spread of its row (greatest minus least over the vocabulary)."""
-KL_BOUND = {"fp32": 1e-6, "bf16": 1e-3, "int8": 1e-2}
+KL_BOUND = {"fp32": 1e-6, "bf16": 1e-3, "int8": 2e-2}
 """Mean KL divergence from the reference, nats, over the engine's best tokens and all others as one."""
 _KEPT = 128
 """Reference log-probabilities kept per position: more than the engine is asked for."""
