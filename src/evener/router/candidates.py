@@ -47,7 +47,7 @@ class Candidates:
             self._keys[replica.index] = key
             heapq.heappush(self._heap, (key, replica.index))
             if len(self._heap) > 8 * len(self.replicas) + 64:
-                self._heap = [(k, r) for r, k in enumerate(self._keys)]
+                self._heap = [(k, r) for r, k in enumerate(self._keys) if k >= 0]  # not the lost ones
                 heapq.heapify(self._heap)
 
     def best(self, home: Key | None) -> Iterator[ReplicaEngine]:
