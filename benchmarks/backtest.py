@@ -4,7 +4,8 @@ For each plan one calibration run serves requests of a production trace (lengths
 is fitted to its spans. Other requests of the trace are then served live, several times: all at once (saturated), and
 with the trace's own arrivals at 70% of the saturated rate. The same arrivals go through the simulator with the fitted
 model. The error is set beside the spread of the live runs (largest minus smallest over the median): no prediction can
-be better than that. `contended` tells what the devices lost to other processes meanwhile, which nothing here predicts.
+be better than that. Nothing predicts what other processes take from the devices (`contended`); the last columns take it
+as known, second by second, and so show the error of the model itself.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from common import SHARED, markdown, save
 from evener.api import EngineOptions, make_options, prepare
 from evener.cost.base import CostModel
 from evener.ledger.causes import Cause
-from evener.workload.backtest import Line, achieved, predicted, read_traffic, set_beside
+from evener.workload.backtest import Line, achieved, others_took, predicted, read_traffic, set_beside
 from evener.workload.calibrate import observe
 from evener.workload.compare import requests_of, warm_up_of
 from evener.workload.rehearse import run_live
@@ -70,25 +71,36 @@ def run(options: EngineOptions, todo: list[TimedRequest], path: Path) -> None:
 def beside(costs: CostModel, paths: Sequence[Path]) -> tuple[list[dict[str, Any]], float]:
     """Figures of the median run, its prediction, and the spread over the runs; and the share that was contended."""
     runs: list[dict[str, Line]] = []
+    given: list[dict[str, Line]] = []
     contended = []
     for path in paths:
         traffic = read_traffic(path, WARM_UP)
-        did, said = achieved(traffic, replay(path)), predicted(traffic, costs)
-        runs.append({line.what: line for line in set_beside(said, did)})
+        again = replay(path)
+        did, took = achieved(traffic, again), others_took(traffic, again)
+        runs.append({line.what: line for line in set_beside(predicted(traffic, costs), did)})
+        knowing = predicted(traffic, costs, slow_downs=took)
+        given.append({line.what: line for line in set_beside(knowing, did)})
         contended.append(did.account.total.share(Cause.CONTENDED))
     out = []
     for what in dict.fromkeys(w for r in runs for w in r):
         share = what.endswith("%")
-        lines = [r.get(what) for r in runs]
-        got = [x.achieved if x is not None and x.achieved is not None else 0.0 for x in lines]
-        said_ = [x.predicted if x is not None and x.predicted is not None else 0.0 for x in lines]
-        one = Line(what, median(said_), median(got), share)
-        spread = max(got) - min(got)
-        if not share and one.achieved:
-            spread /= one.achieved
-        out.append({"what": what, "predicted": one.predicted, "achieved": one.achieved, "error": one.error,
-                    "spread": spread if len(runs) > 1 else None, "share": share})  # fmt: skip
+        said, got = _medians([r.get(what) for r in runs])
+        knowing_said, _ = _medians([r.get(what) for r in given])
+        one, knowing_one = Line(what, said, got, share), Line(what, knowing_said, got, share)
+        each = [x.achieved for r in runs if (x := r.get(what)) is not None and x.achieved is not None]
+        spread = max(each, default=0.0) - min(each, default=0.0)
+        if not share and got:
+            spread /= got
+        out.append({"what": what, "predicted": said, "achieved": got, "error": one.error,
+                    "spread": spread if len(runs) > 1 else None, "given": knowing_said,
+                    "given_error": knowing_one.error, "share": share})  # fmt: skip
     return out, median(contended)
+
+
+def _medians(lines: Sequence[Line | None]) -> tuple[float, float]:
+    """Predicted and achieved; a share that a run does not list is 0."""
+    there = [x for x in lines if x is not None] or [Line("", 0.0, 0.0)]
+    return median(x.predicted or 0.0 for x in there), median(x.achieved or 0.0 for x in there)
 
 
 def measure(options: EngineOptions, trace: Trace, n: int, rounds: int, folder: Path) -> dict[str, Any]:
@@ -130,7 +142,10 @@ def rows_of(name: str, got: dict[str, Any]) -> list[list[object]]:
 def _row(x: dict[str, Any]) -> list[object]:
     shown = (lambda v: f"{v:+.1f} points") if x["share"] else (lambda v: f"{v:+.1%}")
     spread = None if x["spread"] is None else shown(x["spread"]).lstrip("+")
-    return [x["what"], x["predicted"], x["achieved"], "-" if x["error"] is None else shown(x["error"]), spread]
+    errors = ["-" if x[k] is None else shown(x[k]) for k in ("error", "given_error")]
+    if x["share"]:  # there what others took counts as compute
+        return [x["what"], x["predicted"], x["achieved"], errors[0], spread, None, None]
+    return [x["what"], x["predicted"], x["achieved"], errors[0], spread, x["given"], errors[1]]
 
 
 def main() -> None:
@@ -158,7 +173,8 @@ def main() -> None:
             at.mkdir(parents=True, exist_ok=True)
             results[name] = measure(options, trace, args.requests, args.rounds, at)
             rows += rows_of(name, results[name])
-    headers = ["plan", "load", "figure", "predicted", "achieved", "error", f"spread of {args.rounds} live runs"]
+    headers = ["plan", "load", "figure", "predicted", "achieved", "error", f"spread of {args.rounds} live runs",
+               "knowing what others took", "error"]  # fmt: skip
     print(markdown(headers, rows))
     noise = [[k, f"{v['fit_error']:.1%}", *(f"{c:.1%}" for c in v["contended"])] for k, v in results.items()]
     print(markdown(["plan", "fit, error per span", "contended, saturated", "contended, loaded"], noise))

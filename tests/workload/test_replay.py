@@ -19,7 +19,7 @@ from evener.errors import InvalidInput
 from evener.execute.live.record import Entry, Recorder, Timing, read_record
 from evener.execute.sim.traffic import Failure, SimRequest
 from evener.units import Nanoseconds
-from evener.workload.backtest import achieved, predicted, read_traffic, set_beside
+from evener.workload.backtest import achieved, others_took, predicted, read_traffic, set_beside
 from evener.workload.calibrate import observe
 from evener.workload.replay import recorded_costs, replay
 from evener.workload.slo import Slo
@@ -104,6 +104,20 @@ def test_a_fit_finds_what_the_model_did_not_know(tmp_path: Path) -> None:
     assert before["output tok/s"].error is not None and before["output tok/s"].error > 0.2
     for what in ("output tok/s", "TTFT mean, ms", "TPOT mean, ms", "E2E p90, ms"):
         assert after[what].error == pytest.approx(0, abs=0.03), after[what]
+
+
+def test_what_others_took_slows_a_prediction_down(tmp_path: Path) -> None:
+    """Two workers on one core lose it half of the time: each takes twice as long; alone, nobody takes anything."""
+    shared, alone = header(("cpu:0", "cpu:0#1"), 1, 1, 2), header(FOUR[:2], 1, 1, 2)
+    for name, (written, costs) in (("shared", shared), ("alone", alone)):
+        write_recording(tmp_path / name, written, costs, traffic(9, 30, gap=1e4))
+    read = read_traffic(tmp_path / "shared")
+    took = others_took(read, replay(tmp_path / "shared"))
+    assert {s.device for s in took} == {"cpu:0", "cpu:0#1"}
+    assert all(s.factor == pytest.approx(2, abs=0.01) for s in took if s.factor != 1)
+    assert others_took(read_traffic(tmp_path / "alone"), replay(tmp_path / "alone")) == []
+    free = predicted(read, recorded_costs(read.header)).report.duration_s
+    assert predicted(read, recorded_costs(read.header), slow_downs=took).report.duration_s > 1.2 * free
 
 
 def test_a_lost_worker_is_part_of_the_prediction(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from evener.ledger.account import Account
 from evener.ledger.causes import Cause
 from evener.ledger.verdict import verdict
 from evener.profile.store import load_profile
-from evener.workload.backtest import Line, achieved, predicted, read_traffic, set_beside
+from evener.workload.backtest import Line, achieved, others_took, predicted, read_traffic, set_beside
 from evener.workload.bars import plot_ledgers
 from evener.workload.calibrate import observe
 from evener.workload.replay import recorded_costs, recorded_kv_dtype
@@ -42,6 +42,10 @@ def replay(
         Path | None, typer.Option(help="fitted: the recording to fit on, of the same plan.", show_default="RECORD")
     ] = None,
     skip: Annotated[int, typer.Option(min=0, help="Prediction: leave out so many first requests, a warm-up.")] = 0,
+    with_contention: Annotated[
+        bool,
+        typer.Option("--with-contention", help="Prediction: take as known what other processes took from the devices."),
+    ] = False,
     slo: Annotated[str | None, typer.Option(help="Goodput bounds, as in ttft=200ms,tpot=50ms,e2e=10s.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the ledgers: a .png, .svg or .pdf file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
@@ -52,8 +56,10 @@ def replay(
     predicts for the same arrivals.
     """
     bounds = parse_slo(slo) if slo is not None else None
-    if with_cost_model is None and (fit_on is not None or skip or slo is not None):
-        raise InvalidInput("--fit-on, --skip and --slo are for a prediction; give --with-cost-model too")
+    if with_cost_model is None and (fit_on is not None or skip or slo is not None or with_contention):
+        raise InvalidInput(
+            "--fit-on, --skip, --slo and --with-contention are for a prediction; give --with-cost-model too"
+        )
     if fit_on is not None and with_cost_model != "fitted":
         raise InvalidInput(f"--fit-on is for --with-cost-model fitted, not {with_cost_model}")
     done = run_again(record)
@@ -74,7 +80,8 @@ def replay(
         return
     traffic = read_traffic(record, skip)
     costs, note = _costs(with_cost_model, traffic.header, fit_on or record, record)
-    did, said = achieved(traffic, done, bounds), predicted(traffic, costs, bounds)
+    did = achieved(traffic, done, bounds)
+    said = predicted(traffic, costs, bounds, others_took(traffic, done) if with_contention else ())
     lines = set_beside(said, did)
     table = [{"what": x.what, "predicted": x.predicted, "achieved": x.achieved, "error": x.error} for x in lines]
     figures |= {"cost_model": note, "requests": len(traffic.requests), "figures": table}

@@ -18,7 +18,7 @@ from evener.engine.request import Request
 from evener.errors import InvalidInput
 from evener.execute.live.record import Entry, Header
 from evener.execute.sim.body import Simulator
-from evener.execute.sim.traffic import Failure, SimRequest
+from evener.execute.sim.traffic import Failure, SimRequest, SlowDown
 from evener.ledger.account import Account
 from evener.ledger.causes import Cause
 from evener.ledger.ledger import Ledger
@@ -28,6 +28,9 @@ from evener.workload.rehearse import NO_SUMMARY, Rehearsal, fill_record
 from evener.workload.replay import Replayed, open_recording, recorded_work
 from evener.workload.report import Report, Summary, make_report
 from evener.workload.slo import Slo
+
+MOST_LOST = 20.0
+"""A device that computed next to nothing in a second is slowed down by no more than this."""
 
 
 class Served(Struct):
@@ -110,15 +113,20 @@ def achieved(traffic: Traffic, replayed: Replayed, slo: Slo | None = None) -> Re
     return Rehearsal(live=True, report=report, account=replayed.ledger.account(start, end))
 
 
-def predicted(traffic: Traffic, costs: CostModel, slo: Slo | None = None) -> Rehearsal:
-    """The same requests at the same times through the simulator, with these costs."""
+def predicted(
+    traffic: Traffic, costs: CostModel, slo: Slo | None = None, slow_downs: Sequence[SlowDown] = ()
+) -> Rehearsal:
+    """The same requests at the same times through the simulator, with these costs.
+
+    `slow_downs`: what cannot be known beforehand, as `others_took` finds it; times after the first arrival.
+    """
     header = traffic.header
     start, _ = _window(traffic)
     ledger = Ledger(header.plan, costs, start=Nanoseconds(0), work=recorded_work(header))
     brain = Brain(header.plan, header.kv_blocks, costs, header.brain, journal=ledger)
     todo = [_again(one, start) for one in traffic.requests]
     failures = [Failure(f.device, Nanoseconds(max(0, f.at - start))) for f in traffic.failures]
-    outcomes = Simulator(brain, costs, todo, failures, ledger=ledger).run()
+    outcomes = Simulator(brain, costs, todo, failures, slow_downs=slow_downs, ledger=ledger).run()
     run = drive.new_run([], open_loop=True)
     for k, (one, outcome) in enumerate(zip(traffic.requests, outcomes, strict=True)):
         record = drive.Record(k, one.request.max_tokens, outcome.arrival / NS_PER_S)
@@ -128,6 +136,29 @@ def predicted(traffic: Traffic, costs: CostModel, slo: Slo | None = None) -> Reh
     report = structs.replace(make_report(run, slo), itl_ms=NO_SUMMARY, tokens_per_chunk=None)
     end = Nanoseconds(round(run.duration_s * NS_PER_S))
     return Rehearsal(live=False, report=report, account=ledger.account(Nanoseconds(0), end))
+
+
+def others_took(traffic: Traffic, replayed: Replayed) -> list[SlowDown]:
+    """How much longer each device took for its work because others had its cores, second by second.
+
+    A prediction with these tells the model's own error apart from what nobody could predict. The ranks of a stage lose
+    their cores in turns and wait for each other, so each takes longer by what all of them lost.
+    """
+    assert replayed.ledger is not None, "without spans nobody knows"
+    start, end = _window(traffic)
+    out = []
+    before: dict[str, float] = {}
+    for at in range(start, end, NS_PER_S):
+        account = replayed.ledger.account(Nanoseconds(at), Nanoseconds(min(end, at + NS_PER_S)))
+        for stage in account.stages.values():
+            lost = stage.causes[Cause.CONTENDED.label]
+            for name in stage.devices:
+                compute = account.devices[name].compute_s
+                factor = min(MOST_LOST, 1 + lost / compute) if compute else 1.0
+                if factor != before.get(name, 1.0):
+                    out.append(SlowDown(name, Nanoseconds(at - start), factor))
+                    before[name] = factor
+    return out
 
 
 def _window(traffic: Traffic) -> tuple[Nanoseconds, Nanoseconds]:
