@@ -313,6 +313,7 @@ class Brain:
             return
         self.down[index] = f"worker {event.device} lost: {event.reason}"
         self._held.pop(index, None)
+        self._states.pop(index, None)  # the journal forgets it as well
         self._change(index)
         if self.journal is not None:
             self.journal.down(index, now, self.down[index])

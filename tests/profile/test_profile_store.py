@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from evener.cost.rates import Collective, Profile, bind, default_profile
+from evener.cost.rates import FORMAT, Collective, Profile, bind, default_profile
 from evener.errors import InvalidDevice, InvalidInput
 from evener.profile import check_present, load_profile, local_devices, profile_path, save_profile
 from evener.profile.hardware import last_level_cache, profile_key
@@ -68,8 +68,8 @@ def test_collectives_of_the_same_ranks_are_replaced() -> None:
         b"",
         b"not json",
         b"\xff\xfe",
-        b'{"format": 2}',
-        b'{"format": 2, "devices": 3, "collectives": [], "source": "measured"}',
+        f'{{"format": {FORMAT}}}'.encode(),
+        f'{{"format": {FORMAT}, "devices": 3, "collectives": [], "source": "measured"}}'.encode(),
     ],
 )
 def test_a_damaged_file_says_how_to_measure_again(damage: bytes) -> None:
