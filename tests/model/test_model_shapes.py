@@ -18,7 +18,8 @@ LLAMA2_70B = {
 BLOOM = {"model_type": "bloom", "hidden_size": 14336, "n_layer": 70, "num_attention_heads": 112, "vocab_size": 250880}
 MISTRAL = {
     "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "vocab_size": 32000, "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": None, "max_position_embeddings": 32768,
+    "vocab_size": 32000, "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": None,
+    "max_position_embeddings": 32768,
     "tie_word_embeddings": False,
 }  # fmt: skip
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}

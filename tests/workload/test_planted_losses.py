@@ -1,6 +1,5 @@
 """Every planted loss is named by the verdict, and its wording carries the quantity that the benchmark applies."""
 
-import sys
 from pathlib import Path
 
 import pytest
