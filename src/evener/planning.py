@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from evener.cost.rates import Profile
 from evener.errors import InvalidDevice, InvalidInput
@@ -17,7 +17,7 @@ from evener.plan.trial import Progress
 from evener.profile import load_cluster, local_devices, profile_of
 from evener.spec.cluster import Cluster, Device, parse_device, parse_size
 from evener.spec.memory import MemoryConfig
-from evener.spec.model import DTYPE_BYTES, ModelSpec
+from evener.spec.model import DTYPE_BYTES, ModelSpec, quant_group
 from evener.units import Bytes, Seconds
 from evener.workload.slo import parse_slo
 from evener.workload.spec import Arrivals, parse_traffic
@@ -84,7 +84,7 @@ def make_problem(options: PlanOptions) -> Problem:
         if value not in DTYPE_BYTES:
             raise InvalidInput(f"{what} {value!r} is not one of {', '.join(DTYPE_BYTES)}")
     return Problem(
-        model=model,
+        model=structs.replace(model, quant_group=quant_group(dtype)),  # or serve refuses the cuts
         cluster=cluster,
         profile=profile,
         demand=demand_of(items, rate),

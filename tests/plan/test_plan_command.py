@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 
 from evener.cli.main import app
 from evener.errors import EvenerError, InvalidDevice, InvalidInput, InvalidPlan, InvalidTrace
+from evener.plan.search import search
 from evener.planning import PlanOptions, make_plan, make_problem
+from evener.spec.model import QUANT_GROUP
 from evener.workload.spec import parse_traffic
 
 CONFIG = {
@@ -49,6 +51,15 @@ def test_a_plan_is_chosen_explained_and_written(folder: Path) -> None:
     ):
         assert part in said
     assert out.read_text().startswith("name:")
+
+
+def test_int8_plans_are_cut_where_serve_takes_them(folder: Path) -> None:
+    """Shards of a layer quantise their own inputs: cuts inside a group of the scales are refused."""
+    said = ("cpu:0", "cpu:1,slowdown=2.3", "cpu:0#1,slowdown=3")
+    options = PlanOptions(model=str(folder / "config.json"), devices=said, traffic="in=32,out=8", dtype="int8")
+    problem = make_problem(options)
+    split = [s for scored in search(problem) for r in scored.plan.replicas for s in r.stages if len(s.shards) > 1]
+    assert split and {cut % QUANT_GROUP for stage in split for shard in stage.shards for cut in shard.ffn} == {0}
 
 
 def test_json_says_everything(folder: Path) -> None:
