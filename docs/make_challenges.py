@@ -103,7 +103,7 @@ def collectives(results: dict[str, Any]) -> str:
     count, moving = sum(x["count"] for x in small), sum(x["moving_s"] for x in small)
     waited = sum(x["waited_s"] for x in small)
     return (
-        f"{said}. In batches of up to 64 rows an all-reduce waited {1e6 * waited / count:.0f} us for the last to arrive "
+        f"{said}. In batches of up to 64 rows an all-reduce waited {1e6 * waited / count:.0f} us for the last one "
         f"and then took {1e6 * moving / count:.0f} us."
     )
 
