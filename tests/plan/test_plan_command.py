@@ -1,6 +1,7 @@
 """`evener plan` from the command line: what it prints and writes, and what it refuses."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from evener.cli.main import app
 from evener.errors import EvenerError, InvalidDevice, InvalidInput, InvalidPlan, InvalidTrace
 from evener.plan.search import search
 from evener.planning import PlanOptions, make_plan, make_problem
+from evener.spec.cluster import parse_device
 from evener.spec.model import QUANT_GROUP
 from evener.workload.spec import parse_traffic
 
@@ -51,6 +53,21 @@ def test_a_plan_is_chosen_explained_and_written(folder: Path) -> None:
     ):
         assert part in said
     assert out.read_text().startswith("name:")
+
+
+def test_the_command_that_serves_the_plan_says_what_the_plan_does_not(folder: Path) -> None:
+    """Slow-downs, memory and dtypes as planned; nothing for devices that are not here."""
+    out = folder / "plan.yaml"
+    devices, traffic = "cpu:0,memory=64MiB cpu:1,slowdown=1.5", ("--traffic", "in=32,out=8")
+    said = run(folder, "--devices", devices, *traffic, "--dtype", "int8", "--kv-dtype", "bf16", "-o", str(out))
+    command = next(line for line in said.splitlines() if line.startswith("wrote ")).partition(": ")[2]
+    given = shlex.split(command)
+    assert given[:4] == ["evener", "serve", "--plan", str(out)]
+    options = dict(zip(given[4::2], given[5::2], strict=True))
+    wanted = [parse_device(d) for d in devices.split()]
+    assert [parse_device(d) for d in options["--devices"].split()] == wanted
+    assert (options["--dtype"], options["--kv-dtype"], options["--max-num-seqs"]) == ("int8", "bf16", "4")
+    assert "evener serve" not in run(folder, "--cluster", str(folder / "cluster.yaml"), *traffic, "-o", str(out))
 
 
 def test_int8_plans_are_cut_where_serve_takes_them(folder: Path) -> None:

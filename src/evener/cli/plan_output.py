@@ -1,6 +1,7 @@
 """What `evener plan` prints: tables and sentences for people, JSON for programs."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from evener.api import describe
+from evener.api import EngineOptions, describe
 from evener.plan.assess import Assessment
 from evener.plan.emit import Launch
 from evener.plan.explain import against, binding, error_line, gains, headline, memory_line
@@ -19,6 +20,8 @@ from evener.plan.planner import Choice, as_json, figures
 from evener.plan.problem import Problem
 from evener.plan.size import MET, MOST, Size
 from evener.plan.trial import Tried
+from evener.spec.cluster import Device
+from evener.spec.plan import Plan
 
 
 def choice_json(
@@ -73,7 +76,35 @@ def show_choice(
         for note in x.notes if x.command else ():
             say(f"  note: {note}")
     if output is not None:
-        say(f"wrote {output}: evener serve --plan {output}")
+        say(f"wrote {output}{serve_command(problem, choice.best.plan, output)}")
+
+
+def serve_command(problem: Problem, plan: Plan, output: Path) -> str:
+    """How to serve what was planned: a plan file says nothing of slow-downs, memory, dtypes, policy and limits. Empty
+    for devices that are not here."""
+    used = set(plan.devices())
+    devices = [d for d in problem.cluster.devices if d.name in used]
+    if any(d.host != "localhost" or d.kind != "cpu" for d in devices):
+        return ""
+    parts = [f"evener serve --plan {shlex.quote(str(output))}"]
+    if any(d.slowdown > 1.0 or d.memory is not None for d in devices):
+        parts.append(f"--devices {shlex.quote(' '.join(map(_device_text, devices)))}")
+    memory, served = problem.memory, EngineOptions()
+    if memory.dtype != served.dtype:
+        parts.append(f"--dtype {memory.dtype}")
+    if memory.kv_dtype != memory.dtype:
+        parts.append(f"--kv-dtype {memory.kv_dtype}")
+    if problem.policy != served.policy:
+        parts.append(f"--policy {problem.policy}")
+    if problem.max_num_seqs != served.max_num_seqs:
+        parts.append(f"--max-num-seqs {problem.max_num_seqs}")
+    return ": " + " ".join(parts)
+
+
+def _device_text(device: Device) -> str:
+    """As `parse_device` reads it."""
+    slow = f",slowdown={device.slowdown:g}" if device.slowdown > 1.0 else ""
+    return device.name + slow + (f",memory={device.memory}" if device.memory is not None else "")
 
 
 def _table(choice: Choice) -> Table:
