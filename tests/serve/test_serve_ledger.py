@@ -1,12 +1,15 @@
 """/ledger and its counters in /metrics, over a ledger that was told a short story."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import httpx2
 import pytest
 from fake import FakeEngine
-from ledger_story import told_engine
+from ledger_story import ns, told_engine
+
+from evener.ledger.spans import Milestone
 
 pytestmark = pytest.mark.anyio
 Client = httpx2.AsyncClient
@@ -48,6 +51,25 @@ async def test_a_request_by_its_id(client: Client) -> None:
     [one] = (await get(client, request="cmpl-1"))["requests"]
     assert one["request_id"] == "cmpl-1-0" and one["ended"] and one["arrived_s"] == 3 and one["latency_s"] == 2
     assert (await get(client, requests="true"))["requests"] == [one]
+
+
+async def test_many_requests_leave_the_server_its_turns(engine: FakeEngine, client: Client) -> None:
+    """What each request's latency went into takes a millisecond; results and new batches do not wait for all."""
+    for k in range(200):
+        for what in (Milestone.ARRIVED, Milestone.ENDED):
+            engine.ledger().request(f"many-{k}", 0, ns(20), what, 1)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    assert len((await get(client, requests="1"))["requests"]) == 201
+    task.cancel()
+    assert turns > 200
 
 
 @pytest.mark.parametrize(
