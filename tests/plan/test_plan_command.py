@@ -169,6 +169,8 @@ def test_traces_with_and_without_arrivals(folder: Path) -> None:
     assert parse_traffic(str(plain)).rate is None
     with pytest.raises(InvalidTrace, match="leave it out"):
         parse_traffic(f"trace={timed},rate=2")
+    with pytest.raises(InvalidTrace, match="requests='1e12' exceeds the limit of 10000000"):
+        parse_traffic("requests=1e12")
     problem = make_problem(PlanOptions(model=str(folder / "config.json"), devices=("cpu:0",), traffic=str(timed)))
     assert problem.demand.input_tokens == 20 and problem.demand.longest == 37
 

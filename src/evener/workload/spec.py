@@ -18,6 +18,8 @@ from evener.workload.trace import Trace, TraceRow, read_trace
 from evener.workload.traffic import DEFAULT_INPUT, DEFAULT_OUTPUT
 
 DEFAULT_REQUESTS = 400
+MOST_REQUESTS = 10_000_000
+"""They are drawn at once; beyond, memory would go first."""
 _KEYS = ("rate", "in", "out", "requests", "burstiness", "seed", "trace", "scale", "context")
 _OF_A_TRACE = ("trace", "scale", "context", "requests")
 
@@ -99,6 +101,8 @@ def _number(values: dict[str, str], key: str, least: float, whole: bool = False)
         value = float(values[key])
     except ValueError:
         value = math.nan
+    if key == "requests" and MOST_REQUESTS < value < math.inf:
+        raise InvalidTrace(f"traffic: requests={values[key]!r} exceeds the limit of {MOST_REQUESTS}; give fewer")
     if not math.isfinite(value) or value < least or (value == 0 and not whole) or (whole and value != int(value)):
         kind = "whole number" if whole else "positive number"
         raise InvalidTrace(
