@@ -1,9 +1,13 @@
 """Planted losses: the verdict names each, whose it is, and the remedy with its quantity."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.ledger.accounts import DECODE, MS, Teller, plan_of, reduce
+from tests.ledger.histories import Costs
 
 from evener.cost.base import BatchShape
+from evener.ledger.ledger import Ledger
 from evener.ledger.spans import HoldKind, MakeUp, Milestone
 from evener.ledger.verdict import Finding, Hints, verdict
 from evener.units import Nanoseconds
@@ -176,6 +180,25 @@ def test_nothing_asked_for() -> None:
     assert verdict(teller.ledger.account()).text() == ["Nothing large is lost.", "Nothing is recorded yet."]
     teller.ledger.settle(Nanoseconds(3000 * MS))
     assert verdict(teller.ledger.account()).bound == "Nothing was asked for in 3 s."
+
+
+@given(st.integers(1, 10**11), st.integers(1, 10**11))
+def test_nothing_asked_for_after_loading(loading: int, idle: int) -> None:
+    """To the nanosecond: seconds as floats leave a rest, of which no share may be taken."""
+    ledger = Ledger(plan_of((30, 1)), Costs(), start=Nanoseconds(0))
+    ledger.up(0, Nanoseconds(loading))
+    ledger.settle(Nanoseconds(loading + idle))
+    said = verdict(ledger.account())
+    assert said.bound == f"Nothing was asked for in {(loading + idle) / 1e9:.0f} s."
+
+
+def test_next_to_nothing_asked_for_has_bounded_room() -> None:
+    teller = Teller(plan_of((30, 1)))
+    teller.state(0)
+    teller.batch(0, {(0, 0): (0, 1e-6, {})})
+    teller.state(1e-6, work=False)
+    teller.ledger.settle(Nanoseconds(10**18))
+    assert "room for at least 1000.0 times the traffic" in verdict(teller.ledger.account()).bound
 
 
 def test_transfer_names_the_operation_and_the_batches() -> None:

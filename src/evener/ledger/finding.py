@@ -4,6 +4,7 @@ from msgspec import Struct
 
 from evener.ledger.account import StageAccount, Use
 from evener.ledger.causes import Cause
+from evener.units import NS_PER_S
 
 THRESHOLD = 0.05
 """Of the time with something to do; smaller losses are not told."""
@@ -12,6 +13,8 @@ TOLD_SHORT = 0.02
 """Of the time up."""
 ROOM = 0.1
 """Idle shares below are no room."""
+MOST_ROOM = 1000.0
+"""Times the traffic; of more, too little was seen to say."""
 UNEVEN = 0.5
 """Batches whose standard deviation is this part of their mean fill a pipeline badly."""
 LATER = 1.05
@@ -48,14 +51,15 @@ class Finding(Struct, frozen=True, kw_only=True):
 
 
 def asked(use: Use) -> float:
-    """Device-seconds in which there was something to do."""
-    return use.wall_s - use.causes[Cause.NO_DEMAND.label] - use.causes[Cause.DOWN.label]
+    """Device-seconds in which there was something to do. Exactly 0 where there was nothing: seconds as floats do not
+    cancel out."""
+    return (use.wall_ns - use.causes_ns[Cause.NO_DEMAND] - use.causes_ns[Cause.DOWN]) / NS_PER_S
 
 
-def idle_share(use: Use) -> float:
-    """Nothing to do, of the time that the devices were up."""
-    up = use.wall_s - use.causes[Cause.DOWN.label]
-    return use.causes[Cause.NO_DEMAND.label] / up if up > 0 else 0.0
+def busy_share(use: Use) -> float:
+    """Something to do, of the time that the devices were up."""
+    up = (use.wall_ns - use.causes_ns[Cause.DOWN]) / NS_PER_S
+    return asked(use) / up if up > 0 else 0.0
 
 
 def seconds_of(use: Use, *causes: Cause) -> float:

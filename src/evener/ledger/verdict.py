@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from evener.ledger import rules, rules_peers
 from evener.ledger.account import Account
-from evener.ledger.finding import ROOM, THRESHOLD, Finding, Hints, asked, idle_share
+from evener.ledger.finding import MOST_ROOM, ROOM, THRESHOLD, Finding, Hints, asked, busy_share
 
 __all__ = ["THRESHOLD", "Finding", "Hints", "Verdict", "verdict"]
 
@@ -60,8 +60,8 @@ def _bound(account: Account) -> str:
     if total.achieved_over_peak is not None:
         text += f", at {total.achieved_over_peak:.0%} of their peak"
     # The busiest replica fills up first.
-    idle = min(idle_share(r) for r in running)
-    if idle >= ROOM:
-        return f"{text}. There is room for at least {1 / (1 - idle):.1f} times the traffic."
+    busy = max(busy_share(r) for r in running)
+    if busy <= 1 - ROOM:
+        return f"{text}. There is room for at least {min(MOST_ROOM, 1 / busy):.1f} times the traffic."
     what = "faster devices or more replicas" if useful > 0.8 else "what is listed above"
-    return f"{text}. The busiest replica idles {idle:.0%}: for more throughput, {what}."
+    return f"{text}. The busiest replica idles {1 - busy:.0%}: for more throughput, {what}."
