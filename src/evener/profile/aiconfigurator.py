@@ -5,6 +5,7 @@ TensorRT-LLM, as Parquet files by system, operator, engine and version. Only its
 runs. Message sizes of its all-reduces are counts of 16-bit elements; latencies are milliseconds.
 """
 
+import importlib
 import re
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -86,12 +87,11 @@ def _version_key(path: Path) -> tuple[int, ...]:
 
 def _read(folder: Path, file: str) -> tuple[Columns, str]:
     """Columns of the newest version that has the file, and the version."""
-    import pyarrow.parquet as parquet
-
+    parquet: Any = importlib.import_module("pyarrow.parquet")  # of the extra, so that types do not depend on it
     versions = sorted((p for p in folder.glob("*") if (p / file).is_file()), key=_version_key)
     if not versions:
         raise InvalidInput(f"{PACKAGE} has no {file} in {folder.name} for {folder.parent.parent.name}")
-    table: Any = parquet.read_table(versions[-1] / file)  # type: ignore[no-untyped-call]
+    table = parquet.read_table(versions[-1] / file)
     return {c: table.column(c).to_numpy(zero_copy_only=False) for c in table.column_names}, versions[-1].name
 
 
