@@ -1,5 +1,6 @@
 """What a worker makes of its stamps, with clocks and kernel counters that a test can set."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -52,6 +53,9 @@ class Kernel:
         taken = min(most, self.stolen)
         self.stolen -= taken
         return taken
+
+    def forget_stolen(self) -> None:
+        self.stolen = 0
 
     def look_for_helpers(self) -> None:
         pass
@@ -203,6 +207,17 @@ def test_the_kernels_counters_can_be_read() -> None:
     assert cpu >= 0 and all(d >= 0 for d in delays)
     assert 0 <= kernel.take_stolen(5) <= 5
     assert kernel.take_stolen(0) == 0
+
+
+def test_steal_of_an_idle_time_explains_no_later_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = KernelTime((0,), 1)
+    tick = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    stolen = kernel._steal() + 5_000_000_000
+    monkeypatch.setattr(kernel, "_steal", lambda: stolen)
+    kernel.forget_stolen()
+    assert kernel.take_stolen(1_000_000_000) <= tick
+    stolen += 3_000_000
+    assert kernel.take_stolen(1_000_000_000) <= tick + 3_000_000
 
 
 def test_a_slow_device_owes_for_all_but_its_operations() -> None:

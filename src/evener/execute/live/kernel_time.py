@@ -78,6 +78,11 @@ class KernelTime:
         self._steal_used += taken
         return taken
 
+    def forget_stolen(self) -> None:
+        """Drop what nobody claimed: steal explains only its own time."""
+        over = self._steal() - self._steal_since - self._steal_used
+        self._steal_used += max(0, over)
+
     def _steal(self) -> int:
         """Of the core that lost most, since the machine began: the others of a device wait for that one."""
         if self._stat is None:

@@ -17,6 +17,8 @@ from evener.execute.live.transport.base import Group, Pipe, Stamp
 from evener.ledger.spans import Op, Segment, Span, Traffic
 from evener.units import Nanoseconds
 
+_OLD_NS = 50_000_000
+"""An idle stretch after which what was stolen meanwhile explains nothing any more."""
 _REDUCE, _GATHER, _TO_ALL = int(Op.ALL_REDUCE), int(Op.ALL_GATHER), int(Op.ALL_TO_ALL)
 
 
@@ -53,6 +55,8 @@ class SpanMaker:
 
     def woken(self) -> None:
         """A batch came after the worker had been idle: its span begins now. Otherwise it began with the last's end."""
+        if time.monotonic_ns() - self._began > _OLD_NS:
+            self._kernel.forget_stolen()
         cpu, self._began = time.thread_time_ns(), time.monotonic_ns()
         delay = self._kernel.delay()
         self.idle_cpu += cpu - self._cpu
@@ -126,6 +130,7 @@ class SpanMaker:
             if unexplained and (stolen := self._kernel.take_stolen(unexplained)):
                 span = self._spans[k]
                 self._spans[k] = structs.replace(span, contended=Nanoseconds(span.contended + stolen))
+        self._kernel.forget_stolen()
         taken = tuple(self._spans)
         self._spans.clear()
         self._unexplained.clear()
