@@ -1,39 +1,54 @@
-"""`evener`: one file per verb, put together here. Errors of the drawn tree become one clear line and an exit code."""
+"""`evener`: one file per verb, put together here. Errors of the drawn tree become one clear line and an exit code.
+
+A verb's module is imported when it is asked for: `evener ledger` needs no torch and should not wait for it.
+"""
 
 import sys
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from evener.cli.bench import bench
-from evener.cli.compare import compare
-from evener.cli.devices import devices
-from evener.cli.ledger import ledger
-from evener.cli.plan import plan
-from evener.cli.quality import quality
-from evener.cli.replay import replay
-from evener.cli.serve import serve
-from evener.cli.simulate import simulate
-from evener.cli.verify import verify
 from evener.errors import EvenerError
+
+VERBS = ("serve", "devices", "plan", "simulate", "bench", "compare", "replay", "ledger", "verify", "quality")
+"""Each is the function of that name in `evener.cli.<verb>`."""
+
+
+class _Verbs(TyperGroup):
+    """Finds a verb by importing its module."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order of `VERBS`."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The verb; None if there is none of that name."""
+        if cmd_name not in VERBS:
+            return None
+        if cmd_name not in self.commands:
+            single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_HELP)
+            single.command(cmd_name)(getattr(import_module(f"evener.cli.{cmd_name}"), cmd_name))
+            self.commands[cmd_name] = typer.main.get_command(single)
+        return self.commands[cmd_name]
+
+
+_HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     name="evener",
-    help="One language model, served live over several, possibly unlike, devices.",
+    cls=_Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_HELP,
 )
-app.command()(serve)
-app.command()(devices)
-app.command()(plan)
-app.command()(simulate)
-app.command()(bench)
-app.command()(compare)
-app.command()(replay)
-app.command()(ledger)
-app.command()(verify)
-app.command()(quality)
+
+
+@app.callback()
+def _about() -> None:
+    """One language model, served live over several, possibly unlike, devices."""
 
 
 def main() -> None:
