@@ -1,6 +1,7 @@
 """`evener ledger` against a server whose ledger was told a short story."""
 
 import asyncio
+import functools
 import json
 import os
 import pty
@@ -86,7 +87,9 @@ def test_live_in_a_terminal(url: str) -> None:
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "evener.cli", "ledger", url, "--every", "0.2"]
     env = os.environ | {"COLUMNS": "100", "LINES": "40", "TERM": "xterm-256color"}
-    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=env)
+    # A shell starts its background jobs deaf to Ctrl-C, and they hand that on.
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=env, preexec_fn=hears)
     os.close(slave)
     drawn, deadline = b"", time.monotonic() + 40
     while drawn.count(b"the last") < 3 and time.monotonic() < deadline:
