@@ -3,15 +3,17 @@
 Reading guide, in layer order (imports point downwards only):
 
     spec      WHAT EXISTS     models, devices, plans, memory: frozen data
-    cost      HOW LONG        the cost-model contract, a roofline
+    cost      HOW LONG        the cost-model contract; roofline, fitted, measured tables
+    ledger    WHERE TIME WENT the closed list of causes, spans to accounts, the verdict
     engine    WHAT NEXT       requests, batches, KV blocks, scheduling policies, one replica's scheduler
     router    WHICH REPLICA   the choice, and how long answers may become
     brain     all of these    one pure state machine: step(event, now) -> commands
     execute   WHO DOES IT     two bodies of the brain: sim (virtual clock), live (worker processes, transports)
     kernels   model           the native CPU kernels, and the maths that uses them
-    profile   plan            measured devices, default plans
+    profile   plan            measured devices; default plans, the search and its reasons
     api       llm             from options to a running engine; offline generation
-    workload  serve   cli     load client, OpenAI-compatible HTTP, commands
+    simulate  planning        `evener.simulate.simulate`, `evener.planning.make_plan`: the same as their commands
+    workload  serve   cli     load client, comparison and replay, OpenAI-compatible HTTP, commands
 """
 
 from typing import TYPE_CHECKING, Any
