@@ -3,6 +3,7 @@
 Everything that can be refused is refused here, before any worker starts.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -215,7 +216,7 @@ def _costs_made_of(prepared: Prepared) -> dict[str, Any]:
 
 
 def make_options(**options: Any) -> EngineOptions:
-    """EngineOptions from keywords. Raises InvalidInput for an unknown one."""
+    """EngineOptions from keywords. Raises InvalidInput for an unknown one, or a value of another type."""
     known = EngineOptions.__struct_fields__
     for name in options:
         if name not in known:
@@ -223,8 +224,15 @@ def make_options(**options: Any) -> EngineOptions:
     for name in ("devices", "links"):
         if name in options:
             value = options[name]
-            options[name] = (value,) if isinstance(value, str) else tuple(value)
-    return EngineOptions(**options)
+            options[name] = (value,) if isinstance(value, str | Link) else value
+    for name in ("model", "plan", "record"):
+        if isinstance(options.get(name), os.PathLike):
+            options[name] = os.fspath(options[name])
+    try:
+        return msgspec.convert(options, EngineOptions)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        raise InvalidInput(f"option {where.rstrip('`') or '?'}: {what.lower()}; see evener.api.EngineOptions") from None
 
 
 def _devices(options: EngineOptions, model: ModelSpec) -> tuple[Cluster, Profile]:

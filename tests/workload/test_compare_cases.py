@@ -1,6 +1,7 @@
 """How the cases of a comparison are spelt."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,3 +69,17 @@ def test_what_is_wrong_is_named(texts: list[str], yaml: str | None, says: str, t
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"nowhere\.yaml"):
         read_cases([], tmp_path / "nowhere.yaml", BASE)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"devices": 5}, "option devices: expected `array`, got `int`"),
+        ({"max_num_seqs": "a"}, "option max_num_seqs: expected `int`, got `str`"),
+        ({"links": ("x",)}, r"option links\[0\]: expected `object`, got `str`"),
+        ({"wings": 2}, "option 'wings' is unknown"),
+    ],
+)
+def test_options_of_another_type_are_refused_by_name(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        make_options(**options)

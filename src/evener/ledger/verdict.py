@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from evener.ledger import rules, rules_peers
 from evener.ledger.account import Account
+from evener.ledger.causes import Cause
 from evener.ledger.finding import MOST_ROOM, ROOM, THRESHOLD, Finding, Hints, asked, busy_share
 
 __all__ = ["THRESHOLD", "Finding", "Hints", "Verdict", "verdict"]
@@ -54,6 +55,10 @@ def _bound(account: Account) -> str:
         return "Nothing is recorded yet."
     running = [r for r in account.replicas.values() if asked(r) > 0]
     if not running:
+        if down := total.causes_ns[Cause.DOWN]:  # whatever was asked for then was refused, and is not known here
+            return (
+                f"Nothing was computed in {account.window_s:.0f} s, {down / total.wall_ns:.0%} of it loading or down."
+            )
         return f"Nothing was asked for in {account.window_s:.0f} s."
     useful = sum(r.useful * r.wall_s for r in running) / sum(asked(r) for r in running)
     text = f"While there was work, devices computed usefully for {useful:.0%} of it"
