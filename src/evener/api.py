@@ -177,7 +177,8 @@ async def start_engine(
             ledger=given.ledger,
             trace_segments=given.trace_segments,
         ),
-        work=plan_work(prepared) if given.ledger else None,
+        # A share of an assumed peak would be a made-up figure.
+        work=plan_work(prepared) if given.ledger and prepared.profile.source != "default" else None,
         costs_made_of=_costs_made_of(prepared),
         progress=progress,
     )

@@ -91,6 +91,7 @@ def test_warm_up_has_other_prompts() -> None:
         ([case("fine"), case("pipe", pipeline_parallel_size=2, policy="nix")], 1, "case 'pipe': policy 'nix'"),
         ([case("short", max_model_len=20)], 1, "case 'short': request"),
         ([case("blind", ledger=False)], 1, "case 'blind': ledger=False"),
+        ([Case("queue", make_options(devices=TWO), frozenset({"max_queue"}))], 1, "leave out --max-queue"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused_before_anything_does(cases: list[Case], rounds: int, says: str) -> None:

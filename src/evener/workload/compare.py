@@ -80,6 +80,8 @@ def prepare_cases(cases: Sequence[Case], requests: Sequence[TimedRequest]) -> li
         try:
             if not case.options.ledger:
                 raise InvalidInput("ledger=False leaves nothing to set side by side; leave out --no-ledger")
+            if "max_queue" in case.said:
+                raise InvalidInput("a comparison serves every request, however many wait; leave out --max-queue")
             model = case.options.model
             if model not in sources:
                 sources[model] = open_model(model)
