@@ -1,4 +1,4 @@
-"""Hardware that is not at hand: predictions against what others measured, from ../shared/traces/validation.csv.
+"""Hardware that is not at hand: predictions against what others measured.
 
 Every row is predicted without any figure of its own but its workload:
 
