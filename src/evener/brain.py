@@ -4,7 +4,6 @@ No torch, no I/O, no clock. It routes arrivals, lets each replica's scheduler co
 decides what a lost worker means. Live workers and the simulator are two bodies of this one brain.
 """
 
-import math
 from collections.abc import Callable
 
 from msgspec import Struct
@@ -26,7 +25,7 @@ from evener.engine.events import (
     TimerFired,
     WorkerDown,
 )
-from evener.engine.policy import make_policy
+from evener.engine.policy import group_count, make_policy
 from evener.engine.replica import ReplicaConfig, ReplicaEngine
 from evener.engine.request import Request
 from evener.engine.sequence import Sequence
@@ -119,12 +118,8 @@ class Brain:
 
     def _replica_config(self, replica: int, blocks: int) -> ReplicaConfig:
         stages = len(self.plan.replicas[replica].stages)
-        groups = 1
-        if stages > 1:
-            # As many micro-batches as the round trip takes bottleneck times; a rounding of the prediction is no stage.
-            shape = BatchShape(decode_rows=8, decode_context=8 * 512, sampled_rows=8)
-            trip, slowest = self.costs.latency_ns(replica, shape), self.costs.batch_ns(replica, shape)
-            groups = min(stages, max(2, math.ceil(trip / max(1, slowest) - 0.25)))
+        shape = BatchShape(decode_rows=8, decode_context=8 * 512, sampled_rows=8)
+        groups = group_count(stages, self.costs.latency_ns(replica, shape), self.costs.batch_ns(replica, shape))
         config = self.config
         return ReplicaConfig(
             kv_blocks=blocks,

@@ -7,7 +7,7 @@ import pytest
 from tests.ledger.accounts import MS, Teller, plan_of, reduce
 
 from evener.cost.base import BatchShape
-from evener.ledger.export import chrome_trace, samples
+from evener.ledger.export import chrome_trace
 from evener.ledger.spans import MakeUp, Milestone, Op, Segment
 from evener.units import Nanoseconds
 
@@ -56,13 +56,3 @@ def test_a_window_of_a_trace() -> None:
 def test_without_kept_spans_the_trace_has_requests_only() -> None:
     events = chrome_trace(told(0).ledger)["traceEvents"]
     assert {e["ph"] for e in events} == {"M", "i"}
-
-
-def test_counters_are_flat() -> None:
-    account = told(0).ledger.account()
-    found = {(s.name, *sorted(s.labels.items())): s.value for s in samples(account)}
-    key = ("device_seconds_total", ("cause", "prefill"), ("device", "d0.0.0"), ("replica", "0"), ("stage", "0"))
-    assert found[key] == pytest.approx(0.003)
-    assert sum(v for k, v in found.items() if k[0] == "device_seconds_total") == pytest.approx(0.04)
-    moved = {k: v for k, v in found.items() if k[0] == "transfer_bytes_total"}
-    assert list(moved.values()) == [64, 64]

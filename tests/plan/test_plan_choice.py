@@ -9,11 +9,11 @@ import pytest
 from msgspec import structs
 from tests.plan.problems import TINY, Situation, make_problem
 
+from evener.engine.policy import group_count
 from evener.errors import InvalidInput, InvalidPlan
 from evener.plan.assess import assess, parse_layout
 from evener.plan.auto import choose_layout, spread_items
 from evener.plan.baselines import equalised
-from evener.plan.capacity import group_count
 from evener.plan.choose import best_tried, pareto
 from evener.plan.emit import emit
 from evener.plan.explain import binding, headline

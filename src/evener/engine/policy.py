@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 from evener.engine.builder import BatchBuilder
@@ -32,6 +33,12 @@ class Policy(Protocol):
     def place(self, replica: ReplicaEngine) -> DecodeGroup:
         """The group that a sequence joins when its prompt is done."""
         ...
+
+
+def group_count(stages: int, trip_ns: float, slowest_ns: float) -> int:
+    """Micro-batches that rotate through a pipeline: as many as the round trip takes bottleneck times."""
+    # A quarter is forgiven: a rounding of the prediction is no stage.
+    return 1 if stages == 1 else min(stages, max(2, math.ceil(trip_ns / max(1, slowest_ns) - 0.25)))
 
 
 def fewest_rows(replica: ReplicaEngine) -> DecodeGroup:

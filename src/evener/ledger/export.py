@@ -1,4 +1,4 @@
-"""The ledger for other tools: a trace for Perfetto or chrome://tracing, and flat counters for a metrics system.
+"""The ledger for other tools: a trace for Perfetto or chrome://tracing.
 
 The trace follows the Trace Event Format (Google, 2016): replicas are processes, devices their threads. Times are
 microseconds since the ledger's start.
@@ -7,9 +7,6 @@ microseconds since the ledger's start.
 from collections.abc import Iterator
 from typing import Any
 
-from msgspec import Struct
-
-from evener.ledger.account import Account
 from evener.ledger.book import DeviceBook, TracedSpan
 from evener.ledger.causes import Cause
 from evener.ledger.ledger import Ledger
@@ -88,32 +85,3 @@ def _title(item: TracedSpan) -> str:
     parts = [f"prefill {shape.prefill_tokens}"] if shape.prefill_tokens else []
     parts += [f"decode {shape.decode_rows}"] if shape.decode_rows else []
     return " + ".join(parts) + (f" x {item.span.repeat}" if item.span.repeat > 1 else "")
-
-
-class Sample(Struct, frozen=True):
-    """One counter that only grows, as metrics systems want it."""
-
-    name: str
-    """Ends in `_total`; seconds, bytes or counts as it says."""
-    labels: dict[str, str]
-    value: float
-
-
-def samples(account: Account) -> Iterator[Sample]:
-    """The account of all time as counters."""
-    for name, device in account.devices.items():
-        labels = {"device": name, "replica": str(device.replica), "stage": str(device.stage)}
-        for cause, seconds in device.causes.items():
-            yield Sample("device_seconds_total", {**labels, "cause": cause}, seconds)
-        yield Sample("device_cpu_seconds_total", labels, device.cpu_s)
-        yield Sample("device_batches_total", labels, device.batches)
-        yield Sample("device_flop_total", labels, device.flop_s * device.compute_s)
-        yield Sample("device_bytes_total", labels, device.bytes_s * device.compute_s)
-    for link in account.links:
-        labels = {"replica": str(link.replica), "stage": str(link.stage), "op": link.op, "rows": link.rows}
-        yield Sample("transfer_operations_total", labels, link.count)
-        yield Sample("transfer_bytes_total", labels, link.nbytes)
-        yield Sample("transfer_seconds_total", labels, link.moving_s)
-        yield Sample("transfer_wait_seconds_total", labels, link.waited_s)
-    for index, replica in account.replicas.items():
-        yield Sample("short_of_kv_seconds_total", {"replica": index}, replica.short_of_kv_s)

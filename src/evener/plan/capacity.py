@@ -13,6 +13,7 @@ from typing import Literal
 from msgspec import Struct
 
 from evener.cost.base import BatchShape, CostModel
+from evener.engine.policy import group_count
 from evener.plan.problem import Problem
 from evener.units import NS_PER_S
 
@@ -90,11 +91,6 @@ def replica_capacity(problem: Problem, times: StageTimes, blocks: int, delay_ns:
         slowest=stage_ns.index(max(stage_ns)),
         stage_ns=stage_ns,
     )
-
-
-def group_count(stages: int, trip_ns: float, slowest_ns: float) -> int:
-    """Micro-batches that the brain rotates through a pipeline, by its own rule."""
-    return 1 if stages == 1 else min(stages, max(2, math.ceil(trip_ns / max(1, slowest_ns) - 0.25)))
 
 
 def plan_times(costs: CostModel, replica: int, stages: int) -> tuple[StageTimes, int]:
