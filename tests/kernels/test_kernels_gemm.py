@@ -28,19 +28,36 @@ def test_linear(isa: str, rows: int, n: int, k: int, bias: bool) -> None:
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int8])
 
 
-def scales(x: torch.Tensor, levels: int) -> torch.Tensor:
-    """The quantisation step of every element of [rows, K], fp64."""
-    groups = F.pad(x, (0, -x.shape[1] % kernels.QUANT_GROUP)).unflatten(1, (-1, kernels.QUANT_GROUP))
-    step = groups.abs().amax(-1, keepdim=True).double() / levels
+def grouped(x: torch.Tensor) -> torch.Tensor:
+    """[rows, groups, QUANT_GROUP], fp64, the last group padded with zeros."""
+    return F.pad(x, (0, -x.shape[1] % kernels.QUANT_GROUP)).unflatten(1, (-1, kernels.QUANT_GROUP)).double()
+
+
+def weight_steps(w: torch.Tensor, isa: str) -> torch.Tensor:
+    """The quantisation step of every element of a weight, fp64; with VNNI the next bf16 above it or that itself."""
+    groups = grouped(w)
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    if isa == "avx512vnni":
+        bits = step.float().view(torch.int32)
+        step = (bits + 0xFFFF & -0x10000).view(torch.float32).double()
+    return step.expand_as(groups).flatten(1)[:, : w.shape[1]]
+
+
+def input_steps(x: torch.Tensor, isa: str) -> torch.Tensor:
+    """The quantisation step of every input, fp64: of 16 bits, or with VNNI 254 of them from the least to the most."""
+    groups = grouped(x)
+    step = groups.abs().amax(-1, keepdim=True) / 32767
+    if isa == "avx512vnni":
+        step = (groups.amax(-1, keepdim=True).clamp_min(0) - groups.amin(-1, keepdim=True).clamp_max(0)) / 254
     return step.expand_as(groups).flatten(1)[:, : x.shape[1]]
 
 
-def check_packed(got: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> None:
+def check_packed(got: torch.Tensor, w: torch.Tensor, dtype: torch.dtype, isa: str) -> None:
     """fp32 and bf16 come back as they were rounded, int8 as a whole number of steps, the nearest."""
     if dtype is not torch.int8:
         assert torch.equal(got, w.to(dtype).float())
         return
-    step = scales(w, 127)
+    step = weight_steps(w, isa)
     assert ((got.double() - w.double()).abs() <= 0.5001 * step).all()
     steps = got.double() / step.clamp_min(1e-300)
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
@@ -71,11 +88,10 @@ def test_linear_over_int8(isa: str, rows: int, n: int, k: int, bias: bool, size:
     b = torch.randn(n) * size if bias else None
     packed = kernels.pack_weight(w, torch.int8)
     quantised = packed.rows(torch.arange(n)).double()
-    check_packed(quantised.float(), w, torch.int8)
+    check_packed(quantised.float(), w, torch.int8, isa)
     expected = F.linear(x.double(), quantised, None if b is None else b.double())
     got = kernels.linear(x, packed, b)
-    step = scales(x, 127 if isa == "avx512vnni" else 32767)
-    allowed = 0.51 * step @ quantised.abs().T + 1e-5 * expected.abs() + 2e-6 * k * size
+    allowed = 0.51 * input_steps(x, isa) @ quantised.abs().T + 1e-5 * expected.abs() + 2e-6 * k * size
     assert ((got.double() - expected).abs() <= allowed).all()
 
 
@@ -110,7 +126,7 @@ def test_rows_and_parts(isa: str, n: int, k: int, dtype: torch.dtype, data: st.D
     w = torch.randn(n, k)
     packed = kernels.pack_weight(w, dtype)
     index = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), max_size=8)), dtype=torch.int64)
-    check_packed(packed.rows(index), w[index], dtype)
+    check_packed(packed.rows(index), w[index], dtype, isa)
     start = data.draw(st.integers(0, n - 1))
     stop = data.draw(st.integers(start + 1, n))
     part, at = packed.part(start, stop)

@@ -24,7 +24,7 @@ def test_weights_by_hand() -> None:
 
 def test_int8_weights_are_whole_groups_with_their_scales() -> None:
     wide = structs.replace(TINY, hidden=128, head_dim=64, ffn=130)
-    q, kv, ffn, group = 4 * 64, 2 * 64, 130, 64 + 8
+    q, kv, ffn, group = 4 * 64, 2 * 64, 130, 64 + 4
     layer = (q + 2 * kv) * 2 + 128 * 4 + 2 * ffn * 2 + 128 * 3  # rows times groups of their inputs
     shard = structs.replace(WHOLE, ffn=(0, 130))
     assert weight_bytes(shard, STAGE, wide, "int8") == 3 * (layer * group + 4 * 2 * 128) + 2 * 100 * 2 * group

@@ -22,10 +22,10 @@ class MemoryConfig(Struct, frozen=True):
 
 
 def matrix_bytes(n: int, k: int, dtype: str) -> Bytes:
-    """Bytes of a weight of n outputs and k inputs. In int8 every group of inputs of every output has a scale, and with
-    VNNI instructions a sum beside it, counted here whatever the processor."""
+    """Bytes of a weight of n outputs and k inputs. In int8 every group of inputs of every output has four bytes more:
+    its scale."""
     if dtype == "int8":
-        return Bytes(n * -(-k // QUANT_GROUP) * (QUANT_GROUP + 8))
+        return Bytes(n * -(-k // QUANT_GROUP) * (QUANT_GROUP + 4))
     return Bytes(n * k * DTYPE_BYTES[dtype])
 
 

@@ -3,9 +3,12 @@
 // not depend on the rows beside it.
 //
 // The weight is packed into panels of NR columns, a panel into cells of one group each: [GROUP / STEP][NR][STEP] int8,
-// then NR scales, so that it is read once and in order. Inputs are quantised row by row before: to 16 bits where two
-// products are added per lane (pmaddwd), which costs nothing there and leaves only the weights' error; to 8 bits where
-// four are (vpdpbusd: unsigned times signed, so inputs are stored with 128 added, and a cell ends with what that adds).
+// then a word for each column, so that it is read once and in order. Inputs are quantised row by row before: to 16 bits
+// where two products are added per lane (pmaddwd), which costs nothing there and leaves only the weights' error; to 8
+// bits where four are (vpdpbusd: unsigned times signed). Those 8 bits cover the group's own range, from its smallest to
+// its largest input, with the integer that stands for 0 beside the scale: half the error of a range symmetric about 0
+// where one input is much larger than the rest. What the zero adds to a sum is taken off again, exactly: a column's
+// word then holds its scale in bf16 and the sum of its integers.
 #pragma once
 
 namespace {
@@ -15,16 +18,16 @@ using namespace evener;
 #if defined(EVENER_DOT4)
 typedef uint8_t Input;
 constexpr int STEP = 4;  // inputs per lane
-constexpr int LEVELS = 127, ZERO = 128;
+constexpr bool ZEROS = true;
 #else
 typedef int16_t Input;
 constexpr int STEP = 2;
-constexpr int LEVELS = 32767, ZERO = 0;  // 64 products of 32767 * 127 stay below 2^31
+constexpr bool ZEROS = false;
 #endif
 static_assert(sizeof(Input) * STEP == 4, "a step of inputs is one lane");
 
 constexpr int64_t CELL_WEIGHTS = NR * GROUP;
-constexpr int64_t CELL = CELL_WEIGHTS + NR * 4 + (ZERO ? NR * 4 : 0);  // bytes
+constexpr int64_t CELL = CELL_WEIGHTS + NR * 4;  // bytes
 
 #if defined(EVENER_DOT4)
 typedef vi Weights;
@@ -91,10 +94,48 @@ EVENER_INLINE vi load_ints(const int8_t* p) {
   return v;
 }
 
-EVENER_INLINE vf load_floats(const int8_t* p) {
-  vf v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
+// From the words of W columns: their scales, and what a zero of the inputs adds to their sums of products, negated.
+EVENER_INLINE vf scales_in(vi word) { return (vf)(ZEROS ? word & -0x10000 : word); }
+
+EVENER_INLINE vi less_zero(vi word, int32_t minus_zero) {
+  if (!ZEROS) return vi{};
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_madd_epi16((__m512i)(word & 0xffff), (__m512i)set1i(minus_zero));
+#else
+  return (word << 16 >> 16) * (minus_zero << 16 >> 16);
+#endif
+}
+
+// A column's word; `scale` becomes what is stored of it: rounded up in bf16, so that no weight exceeds 127 steps.
+EVENER_INLINE int32_t word_of(float& scale, int32_t sum) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &scale, 4);
+  if (!ZEROS) return bits;
+  if (scale == scale) bits += 0xffff;
+  bits &= -0x10000;
+  __builtin_memcpy(&scale, &bits, 4);
+  return bits | (sum & 0xffff);  // |sum| <= GROUP * 127 < 2^15
+}
+
+// A group of inputs as integers: its scale, and the integer that stands for 0.
+struct Range {
+  float scale;
+  int32_t zero;
+};
+
+EVENER_INLINE Range range_of(const float* x, int64_t n) {
+  if (!ZEROS) return {scale_of(x, n, 32767), 0};  // 64 products of 32767 * 127 stay below 2^31
+  vf most{}, least{}, finite{};  // most of x and of -x: the range always holds 0
+  for (int64_t i = 0; i < n; i += W) {
+    vf v = n - i >= W ? load(x + i) : load_part(x + i, n - i, 0.0f);
+    most = vmax(most, v);
+    least = vmax(least, -v);
+    finite += v * 0.0f;
+  }
+  float below = hmax(least);
+  // 254 steps: both ends may be rounded outwards and still be within 0..255.
+  float scale = (hmax(most) + below) / 254.0f + hsum(finite);
+  return {scale, rounded(set1(below * inverse_of(scale)))[0]};
 }
 
 void quantize_rows(const QuantizeArgs& a, int64_t row, int64_t end) {
@@ -104,13 +145,15 @@ void quantize_rows(const QuantizeArgs& a, int64_t row, int64_t end) {
     const float* x = a.x + row * a.x_stride;
     Input* to = static_cast<Input*>(a.out) + row * groups * GROUP;
     float* scales = a.scales + row * groups;
+    int32_t* zeros = a.zeros + row * groups;
     for (int64_t g = 0; g < groups; ++g, x += GROUP, to += GROUP) {
       int64_t n = a.k - g * GROUP < GROUP ? a.k - g * GROUP : GROUP;
-      float scale = scale_of(x, n, LEVELS), inverse = inverse_of(scale);
-      scales[g] = scale;
+      Range range = range_of(x, n);
+      float inverse = inverse_of(range.scale);
+      scales[g] = range.scale, zeros[g] = -range.zero & 0xffff;
       for (int64_t i = 0; i < GROUP; i += W) {
         vf v = n - i >= W ? load(x + i) : load_part(x + i, n - i, 0.0f);
-        Inputs q = __builtin_convertvector(rounded(v * inverse) + ZERO, Inputs);
+        Inputs q = __builtin_convertvector(rounded(v * inverse) + range.zero, Inputs);
         __builtin_memcpy(to + i, &q, sizeof q);
       }
     }
@@ -129,7 +172,9 @@ void pack8_panels(const Pack8Args& a, int64_t panel, int64_t end) {
       for (int64_t c = 0; c < NR; ++c) {
         int64_t column = panel * NR + c;
         const float* w = a.weight + column * a.stride + g * GROUP;
-        float scale = column < a.n ? scale_of(w, n, 127) : 0.0f, inverse = inverse_of(scale);
+        float scale = column < a.n ? scale_of(w, n, 127) : 0.0f;
+        word_of(scale, 0);
+        float inverse = inverse_of(scale);
         int32_t sum = 0;
         for (int64_t i = 0; i < GROUP; i += W) {
           vf v{};
@@ -140,11 +185,8 @@ void pack8_panels(const Pack8Args& a, int64_t panel, int64_t end) {
             sum += q[j];
           }
         }
-        __builtin_memcpy(cell + CELL_WEIGHTS + c * 4, &scale, 4);
-        if (ZERO) {
-          int32_t less = -ZERO * sum;
-          __builtin_memcpy(cell + CELL_WEIGHTS + (NR + c) * 4, &less, 4);
-        }
+        int32_t word = word_of(scale, sum);
+        __builtin_memcpy(cell + CELL_WEIGHTS + c * 4, &word, 4);
       }
     }
 }
@@ -155,27 +197,30 @@ void unpack8_rows(const int8_t* packed, const int64_t* index, int64_t rows, int6
     const int8_t* cell = packed + index[r] / NR * groups * CELL;
     int64_t c = index[r] % NR;
     for (int64_t g = 0; g < groups; ++g, cell += CELL) {
-      float scale;
-      __builtin_memcpy(&scale, cell + CELL_WEIGHTS + c * 4, 4);
+      int32_t word;
+      __builtin_memcpy(&word, cell + CELL_WEIGHTS + c * 4, 4);
+      float scale = scales_in(set1i(word))[0];
       for (int64_t i = 0; i < GROUP && g * GROUP + i < k; ++i) out[g * GROUP + i] = float(cell[in_cell(c, i)]) * scale;
     }
   }
 }
 
+// `x`, `x_scale` and `x_zero` begin at the tile's first row. `cold`: the panel is not in a cache yet.
 template <int ROWS>
-EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int8_t* panel, int64_t groups, float* out,
-                              int64_t out_stride, const float* bias, int64_t columns, int64_t lines) {
+EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int32_t* x_zero, const int8_t* panel,
+                              int64_t groups, float* out, int64_t out_stride, const float* bias, int64_t columns,
+                              bool cold) {
   vf sum[ROWS][NV] = {};
-  const int8_t* ahead = panel + groups * CELL;  // of the next panel; a prefetch beyond the end is harmless
   for (int64_t g = 0; g < groups; ++g) {
-    const int8_t *cell = panel + g * CELL, *scales = cell + CELL_WEIGHTS;
+    const int8_t *cell = panel + g * CELL, *words = cell + CELL_WEIGHTS;
     vi dots[ROWS][NV];
     EVENER_UNROLL for (int v = 0; v < NV; ++v) {
-      vi first = ZERO ? load_ints(scales + (NR + v * W) * 4) : vi{};
-      EVENER_UNROLL for (int r = 0; r < ROWS; ++r) dots[r][v] = first;
+      vi word = load_ints(words + v * W * 4);
+      EVENER_UNROLL for (int r = 0; r < ROWS; ++r) dots[r][v] = less_zero(word, x_zero[r * groups + g]);
     }
-    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
-    ahead += lines * 64;
+    // Two cells ahead, on into the next panel: the processor's own prefetching stops at pages. Beyond the end is harmless.
+    if (cold)
+      for (int64_t i = 0; i < CELL; i += LINE) __builtin_prefetch(cell + 2 * CELL + i, 0, 3);
     _Pragma("GCC unroll 2") for (int64_t i = 0; i < GROUP; i += STEP) {
       Weights w[NV];
       EVENER_UNROLL for (int v = 0; v < NV; ++v) w[v] = load_weights(cell + i * NR + v * W * STEP);
@@ -185,7 +230,7 @@ EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int8_
       }
     }
     EVENER_UNROLL for (int v = 0; v < NV; ++v) {
-      vf scale = load_floats(scales + v * W * 4);
+      vf scale = scales_in(load_ints(words + v * W * 4));
       EVENER_UNROLL for (int r = 0; r < ROWS; ++r)
         sum[r][v] += __builtin_convertvector(dots[r][v], vf) * scale * x_scale[r * groups + g];
     }
@@ -204,7 +249,6 @@ EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int8_
 void gemm8_panels(const Gemm8Args& a, int64_t panel, int64_t end) {
   const Tiles tiles(a.m);
   int64_t groups = (a.k + GROUP - 1) / GROUP;
-  int64_t lines = ((CELL + 63) / 64 + tiles.count - 1) / tiles.count;  // of the next panel, divided among the tiles
   const Input* x = static_cast<const Input*>(a.x);
   for (int64_t p = panel; p < end; ++p) {
     const float* bias = a.bias ? a.bias + p * NR : nullptr;
@@ -212,8 +256,9 @@ void gemm8_panels(const Gemm8Args& a, int64_t panel, int64_t end) {
     for (int64_t t = 0; t < tiles.count; ++t) {
       int64_t row = tiles.row_of(t);
       by_rows<MR>(tiles.row_of(t + 1) - row, row, [&](auto rows, int64_t at) EVENER_INLINED {
-        gemm8_tile<decltype(rows)::value>(x + at * groups * GROUP, a.x_scale + at * groups, a.packed + p * groups * CELL,
-                                          groups, a.out + at * a.out_stride + p * NR, a.out_stride, bias, columns, lines);
+        gemm8_tile<decltype(rows)::value>(x + at * groups * GROUP, a.x_scale + at * groups, a.x_zero + at * groups,
+                                          a.packed + p * groups * CELL, groups, a.out + at * a.out_stride + p * NR,
+                                          a.out_stride, bias, columns, at == 0);
       });
     }
   }

@@ -46,12 +46,14 @@ struct GemmArgs {
   int64_t m, n, k, x_stride, out_stride;
 };
 
-// x [m, k] to inputs of an int8 product, [m, groups * GROUP], and their scales [m, groups].
+// x [m, k] to inputs of an int8 product, [m, groups * GROUP], their scales, and the integers that stand for 0, negated
+// in 16 bits, [m, groups].
 struct QuantizeArgs {
   const float* x;
   int64_t k, x_stride;
   void* out;
   float* scales;
+  int32_t* zeros;
 };
 
 // weight [n, k] to panels of int8 cells, [ceil(n / columns)][ceil(k / GROUP)][cell bytes].
@@ -64,6 +66,7 @@ struct Pack8Args {
 struct Gemm8Args {
   const void* x;
   const float* x_scale;
+  const int32_t* x_zero;
   const int8_t* packed;
   const float* bias;  // nullptr, or n
   float* out;

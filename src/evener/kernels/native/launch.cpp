@@ -172,10 +172,10 @@ void unpack8(const int8_t* packed, const int64_t* index, int64_t rows, int64_t n
 void gemm8(Gemm8Args a, const float* x, int64_t x_stride) {
   thread_local Aligned inputs;  // the caller's; helpers read it through the arguments
   int64_t groups = (a.k + GROUP - 1) / GROUP, floats = (a.m * groups * GROUP * use().int8.input_bytes + 63) / 64 * 16;
-  float* room = inputs.at_least(floats + a.m * groups);
-  QuantizeArgs q{x, a.k, x_stride, room, room + floats};
+  float* room = inputs.at_least(floats + 2 * a.m * groups);
+  QuantizeArgs q{x, a.k, x_stride, room, room + floats, reinterpret_cast<int32_t*>(room + floats + a.m * groups)};
   over_rows(a.m, a.k, [&](int64_t first, int64_t end) { use().int8.quantize(q, first, end); });
-  a.x = q.out, a.x_scale = q.scales;
+  a.x = q.out, a.x_scale = q.scales, a.x_zero = q.zeros;
   over_panels(a.n, [&](int64_t first, int64_t end) { use().int8.gemm(a, first, end); });
 }
 

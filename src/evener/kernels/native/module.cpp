@@ -100,7 +100,7 @@ NB_MODULE(_native, m) {
       "gemm8",
       [](uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t x_stride,
          int64_t out_stride) {
-        gemm8({nullptr, nullptr, at<const int8_t>(packed), floats(bias), at<float>(out), m, n, k, out_stride}, floats(x),
+        gemm8({nullptr, nullptr, nullptr, at<const int8_t>(packed), floats(bias), at<float>(out), m, n, k, out_stride}, floats(x),
               x_stride);
       },
       free);
