@@ -49,7 +49,10 @@ class Piece(NamedTuple):
 class Deployment:
     """Stages of shards, with a cache for a few sequences whose blocks lie scattered."""
 
-    def __init__(self, source: ModelSource, stages: list[Stage], max_len: int = 64, sequences: int = 4) -> None:
+    def __init__(
+        self, source: ModelSource, stages: list[Stage], max_len: int = 64, sequences: int = 4,
+        dtype: torch.dtype = torch.float32, kv_dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         self.stages, self.spec = stages, source.spec
         per_sequence = -(-max_len // BLOCK_TOKENS)
         n_blocks = per_sequence * sequences + 1
@@ -58,14 +61,21 @@ class Deployment:
         self.models = [
             [
                 StageModel(
-                    source, source.spec, stage, shard, first_stage=s == 0, last_stage=s == len(stages) - 1, rank=r
+                    source,
+                    source.spec,
+                    stage,
+                    shard,
+                    first_stage=s == 0,
+                    last_stage=s == len(stages) - 1,
+                    rank=r,
+                    dtype=dtype,
                 )
                 for r, shard in enumerate(stage.shards)
             ]
             for s, stage in enumerate(stages)
         ]
         for model in (m for stage in self.models for m in stage):
-            model.allocate_kv(n_blocks)
+            model.allocate_kv(n_blocks, kv_dtype)
 
     def run(self, batch: list[Piece], padding: int = 0) -> torch.Tensor:
         """Logits [T, vocab] of every row of the batch."""

@@ -2,18 +2,22 @@
 
 A function runs natively for fp32 tensors on the CPU (weights and KV cache may be bf16 or int8 there), and in
 `reference` for every other device or dtype. Read
-`rows` (norms, rotary embedding and KV write, SwiGLU), `gemm`, `attention`, `sampling`, then `reference`; the C++ is in
-`native/`: `kernels.h` says what each instruction set provides, `launch.cpp` divides the work among threads.
+`rows` (norms, rotary embedding and KV write, SwiGLU), `gemm`, `attention`, `sampling`, `layers` (all of them at once),
+then `reference`; the C++ is in `native/`: `kernels.h` says what each instruction set provides, `launch.cpp` divides the
+work among threads, `layer.cpp` puts a layer together.
 """
 
 from evener.kernels.attention import paged_attention
 from evener.kernels.gemm import QUANT_GROUP, PackedWeight, linear, pack_weight
+from evener.kernels.layers import Layers, LayerShape, native_layers
 from evener.kernels.rows import add_rms_norm, rms_norm, rope_write_kv, silu_mul
 from evener.kernels.runtime import advise_huge_pages, isa, set_isa, set_threads, threads
 from evener.kernels.sampling import argmax_rows, gumbel_argmax, gumbel_noise, logsumexp_rows, top_candidates
 
 __all__ = [
     "QUANT_GROUP",
+    "LayerShape",
+    "Layers",
     "PackedWeight",
     "add_rms_norm",
     "advise_huge_pages",
@@ -23,6 +27,7 @@ __all__ = [
     "isa",
     "linear",
     "logsumexp_rows",
+    "native_layers",
     "pack_weight",
     "paged_attention",
     "rms_norm",

@@ -71,10 +71,20 @@ class StageModel:
         self._kv_of_head = heads // spec.group - kv_a
         self._scale = spec.head_dim**-0.5
         self._kv: KVSlabs | None = None
+        self._native: kernels.Layers | None = None
 
     def allocate_kv(self, n_blocks: int, dtype: torch.dtype = torch.float32) -> KVSlabs:
         """Allocate (or replace) this shard's part of `n_blocks` KV blocks: float32, bfloat16 or int8."""
         self._kv = KVSlabs(len(self.layers), self.n_kv, n_blocks, self.spec.head_dim, self.device, dtype)
+        spec = self.spec
+        shape = kernels.LayerShape(
+            spec.hidden, self.n_q, self.n_kv, spec.head_dim, size(self.shard.ffn), spec.norm_eps, self._scale
+        )
+        self._native = None
+        if kernels.native_layers(shape, self.layers, self._kv.k):
+            self._native = kernels.Layers(
+                shape, self.layers, self._kv.k, self._kv.v, self._cos_PD, self._sin_PD, self._kv_of_head
+            )
         return self._kv
 
     def embed(self, tokens_T: torch.Tensor, group: Group | None) -> torch.Tensor:
@@ -93,6 +103,8 @@ class StageModel:
 
     def run_layers(self, x_TH: torch.Tensor, rows: Rows, group: Group | None) -> torch.Tensor:
         """Run the stage's layers; writes the rows' K and V into the cache. `x_TH` is updated in place and returned."""
+        if self._native is not None:
+            return _run_native(self._native, len(self.layers), x_TH, rows, group)
         eps = self.spec.norm_eps
         normed_TH = torch.empty_like(x_TH)
         kernels.rms_norm(x_TH, self.layers[0].attn_norm_H, eps, normed_TH)
@@ -151,6 +163,24 @@ class StageModel:
         """The part of a shard that computes nothing here, and still joins the sum."""
         zeros_TH = torch.zeros_like(like_TH)
         return zeros_TH if bias_H is None else zeros_TH + bias_H
+
+
+def _run_native(
+    layers: kernels.Layers, count: int, x_TH: torch.Tensor, rows: Rows, group: Group | None
+) -> torch.Tensor:
+    """The same as `StageModel.run_layers` in a few calls: what follows there step by step is one kernel here."""
+    batch = layers.batch(rows)
+    if group is None:
+        layers.run(batch, x_TH)
+        return x_TH
+    attn_TH, mlp_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
+    for i in range(count):
+        layers.attention(i, batch, x_TH, mlp_TH if i else None, attn_TH)
+        group.all_reduce(attn_TH)
+        layers.mlp(i, batch, x_TH, attn_TH, mlp_TH)
+        group.all_reduce(mlp_TH)
+    x_TH += mlp_TH
+    return x_TH
 
 
 def _check_dtype(dtype: torch.dtype, device: torch.device | str, spec: ModelSpec, stage: Stage) -> None:

@@ -21,6 +21,7 @@ endif()
 
 find_package(Threads REQUIRED)
 nanobind_add_module(_native NB_STATIC NOMINSIZE
-  ${EVENER_KERNELS}/module.cpp ${EVENER_KERNELS}/launch.cpp ${EVENER_KERNELS}/pool.cpp ${EVENER_ISA_OBJECTS})
+  ${EVENER_KERNELS}/module.cpp ${EVENER_KERNELS}/launch.cpp ${EVENER_KERNELS}/layer.cpp
+  ${EVENER_KERNELS}/pool.cpp ${EVENER_ISA_OBJECTS})
 target_link_libraries(_native PRIVATE Threads::Threads)
 install(TARGETS _native LIBRARY DESTINATION evener/kernels)

@@ -3,11 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
+#include "aligned.h"
 #include "pool.h"
 
 namespace evener {
@@ -47,21 +46,6 @@ const std::vector<Isa>& isas() {
 const Isa* current = nullptr;
 
 const Kernels& use() { return *current->kernels; }
-
-struct Aligned {
-  float* data = nullptr;
-  int64_t size = 0;
-  ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
-  float* at_least(int64_t n) {
-    if (n > size) {
-      ::operator delete(data, std::align_val_t(64));
-      data = nullptr, size = 0;
-      data = static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t(64)));
-      size = n;
-    }
-    return data;
-  }
-};
 
 thread_local Aligned scratch;
 

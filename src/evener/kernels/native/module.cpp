@@ -2,12 +2,15 @@
 // dtype, device and shape.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include "launch.h"
+#include "layer.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -33,6 +36,29 @@ bool advise_huge_pages(uintptr_t address, uint64_t bytes) {
 }
 
 const int32_t* ints(uintptr_t address) { return at<const int32_t>(address); }
+
+// (address, bias, outputs, inputs, kind) as Python gives it.
+typedef std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int> MatrixTuple;
+typedef std::tuple<MatrixTuple, MatrixTuple, MatrixTuple, MatrixTuple, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                   uintptr_t, uintptr_t>
+    LayerTuple;
+typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t> RowsTuple;
+
+Matrix matrix(const MatrixTuple& t) {
+  auto [packed, bias, n, k, kind] = t;
+  return {at<const void>(packed), floats(bias), n, k, Matrix::Kind(kind)};
+}
+
+LayerArgs layer(const LayerTuple& t) {
+  auto& [qkv, o, gate_up, down, attn_norm, mlp_norm, q_norm, k_norm, k_slab, v_slab] = t;
+  return {matrix(qkv),       matrix(o),         matrix(gate_up), matrix(down),    floats(attn_norm),
+          floats(mlp_norm), floats(q_norm), floats(k_norm), at<void>(k_slab), at<void>(v_slab)};
+}
+
+RowsArgs rows(const RowsTuple& t) {
+  auto [positions, kv_slot, cu, start, tables, rows, real, sequences, table_width] = t;
+  return {ints(positions), ints(kv_slot), ints(cu), ints(start), ints(tables), rows, real, sequences, table_width};
+}
 
 }  // namespace
 
@@ -149,4 +175,30 @@ NB_MODULE(_native, m) {
         top_candidates(floats(x), rows, width, stride, k, at<float>(values), at<int64_t>(indices));
       },
       free);
+
+  nb::class_<Layers>(m, "Layers")
+      .def("__init__",
+           [](Layers* self, const std::vector<LayerTuple>& given, int64_t hidden, int64_t n_q, int64_t n_kv,
+              int64_t head_dim, int64_t ffn, int64_t max_position, int64_t blocks, int64_t slab_head_stride, float eps,
+              float scale, int kv, uintptr_t cos, uintptr_t sin, uintptr_t kv_of_head) {
+             std::vector<LayerArgs> layers;
+             for (auto& t : given) layers.push_back(layer(t));
+             new (self) Layers({hidden, n_q, n_kv, head_dim, ffn, max_position, blocks, slab_head_stride, eps, scale, Kv(kv),
+                                floats(cos), floats(sin), ints(kv_of_head)},
+                               std::move(layers));
+           })
+      .def("attention",
+           [](const Layers& self, int64_t i, const RowsTuple& r, uintptr_t x, uintptr_t delta, uintptr_t out) {
+             nb::gil_scoped_release released;
+             self.attention(i, rows(r), at<float>(x), floats(delta), at<float>(out));
+           })
+      .def("mlp",
+           [](const Layers& self, int64_t i, const RowsTuple& r, uintptr_t x, uintptr_t delta, uintptr_t out) {
+             nb::gil_scoped_release released;
+             self.mlp(i, rows(r), at<float>(x), floats(delta), at<float>(out));
+           })
+      .def("run", [](const Layers& self, const RowsTuple& r, uintptr_t x) {
+        nb::gil_scoped_release released;
+        self.run(rows(r), at<float>(x));
+      });
 }
