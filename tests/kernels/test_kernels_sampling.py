@@ -52,6 +52,26 @@ def test_gumbel_argmax_equals_reference(
     assert torch.equal(unsigned[0], index) and torch.equal(unsigned[1], score)
 
 
+@use_fixture
+@given(width=width, seed=st.integers(0, 99), greedy=st.lists(st.booleans(), max_size=6), threads=st.integers(1, 2))
+def test_choose_rows_is_argmax_or_gumbel_argmax(
+    isa: str, width: int, seed: int, greedy: list[bool], threads: int
+) -> None:
+    rows = len(greedy)
+    logits, key = logits_of(rows, width, seed, False), torch.arange(rows) + 2**40 * seed
+    inverse, which = torch.full((rows,), 1 / 0.7), torch.tensor(greedy, dtype=torch.bool)
+    kernels.set_threads(threads)
+    index, score = kernels.choose_rows(logits, inverse, key, which, 77)
+    kernels.set_threads(1)
+    best, top = kernels.argmax_rows(logits)
+    drawn, noisy = kernels.gumbel_argmax(logits, inverse, key, 77, torch.full((rows,), -math.inf))
+    assert torch.equal(index, torch.where(which, best, drawn))
+    assert torch.equal(score, torch.where(which, top, noisy))
+    assert torch.equal(index, reference.choose_rows(logits, inverse, key, which, 77)[0])
+    with pytest.raises(ValueError, match="greedy_S"):
+        kernels.choose_rows(logits, inverse, key, which.int(), 77)
+
+
 def test_noise_is_the_reference(isa: str) -> None:
     """Over the whole range of the uniform, its finest steps included: the bits are the same, the logarithms close."""
     key = torch.tensor([1, 2**40])

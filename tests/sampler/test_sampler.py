@@ -147,7 +147,7 @@ def test_penalties_equal_the_definition_for_known_and_noted_tokens() -> None:
         for s, p in enumerate(params):
             sampler.add(s, tokens, 4, p)
             for t in noted:
-                sampler.note(s, t)
+                sampler.note([s], [t])
         mine = x[:, interval[0] : interval[1]].clone(memory_format=torch.contiguous_format)
         return sampler.sample(mine, range(len(params)), [20] * len(params)).tokens.tolist(), mine
 
@@ -181,7 +181,7 @@ def test_a_slot_that_is_reused_forgets_its_tokens() -> None:
     assert sampler.sample(x.clone(), [0], [2]).tokens.tolist() == [3]
     sampler.add(0, [], 0, SamplingParams(temperature=0.0, presence_penalty=2.0))
     assert sampler.sample(x.clone(), [0], [2]).tokens.tolist() == [3]
-    sampler.note(0, 3)
+    sampler.note([0], [3])
     assert sampler.sample(x.clone(), [0], [3]).tokens.tolist() == [0]
 
 

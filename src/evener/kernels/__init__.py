@@ -12,7 +12,14 @@ from evener.kernels.gemm import QUANT_GROUP, PackedWeight, linear, pack_weight
 from evener.kernels.layers import Layers, LayerShape, native_layers
 from evener.kernels.rows import add_rms_norm, rms_norm, rope_write_kv, silu_mul
 from evener.kernels.runtime import advise_huge_pages, isa, set_isa, set_threads, threads
-from evener.kernels.sampling import argmax_rows, gumbel_argmax, gumbel_noise, logsumexp_rows, top_candidates
+from evener.kernels.sampling import (
+    argmax_rows,
+    choose_rows,
+    gumbel_argmax,
+    gumbel_noise,
+    logsumexp_rows,
+    top_candidates,
+)
 
 __all__ = [
     "QUANT_GROUP",
@@ -22,6 +29,7 @@ __all__ = [
     "add_rms_norm",
     "advise_huge_pages",
     "argmax_rows",
+    "choose_rows",
     "gumbel_argmax",
     "gumbel_noise",
     "isa",

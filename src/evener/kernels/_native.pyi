@@ -38,6 +38,10 @@ def gumbel_argmax(
     x: int, rows: int, width: int, stride: int, inv_temperature: int, key: int, vocab_offset: int, floor: int,
     index: int, value: int, /,
 ) -> None: ...  # fmt: skip
+def choose(
+    x: int, rows: int, width: int, stride: int, inv_temperature: int, key: int, greedy: int, vocab_offset: int,
+    index: int, value: int, /,
+) -> None: ...  # fmt: skip
 def gumbel_noise(key: int, index: int, rows: int, width: int, out: int, /) -> None: ...
 def logsumexp(x: int, rows: int, width: int, stride: int, out: int, /) -> None: ...
 def top_candidates(x: int, rows: int, width: int, stride: int, k: int, values: int, indices: int, /) -> None: ...

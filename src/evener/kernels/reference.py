@@ -182,6 +182,17 @@ def uniform(key_S: torch.Tensor, index_SC: torch.Tensor) -> torch.Tensor:
     return ((half + 0.5) * 2.0**-31).clamp_max(1 - 2.0**-24)
 
 
+def choose_rows(
+    logits_SV: torch.Tensor, inv_temperature_S: torch.Tensor, key_S: torch.Tensor, greedy_S: torch.Tensor,
+    vocab_offset: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """See `evener.kernels.choose_rows`."""
+    floor_S = torch.full_like(inv_temperature_S, -torch.inf)
+    best_S, top_S = argmax_rows(logits_SV)
+    drawn_S, score_S = gumbel_argmax(logits_SV, inv_temperature_S, key_S, vocab_offset, floor_S)
+    return torch.where(greedy_S, best_S, drawn_S), torch.where(greedy_S, top_S, score_S)
+
+
 def gumbel_noise(key_S: torch.Tensor, index_SC: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise -log(-log(u)), fp32 [S, C], with u = 1 - w: fp32 resolves w best where the noise is large.
 

@@ -47,6 +47,31 @@ def gumbel_argmax(
     return index_S, value_S
 
 
+def choose_rows(
+    logits_SV: torch.Tensor,
+    inv_temperature_S: torch.Tensor,
+    key_S: torch.Tensor,
+    greedy_S: torch.Tensor,
+    vocab_offset: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`argmax_rows` of the greedy rows and `gumbel_argmax` without a floor of the others, in one call.
+
+    (index int64 [S], local; score fp32 [S]: a greedy row's logit). `greedy_S` bool [S]; V >= 1. Raises ValueError.
+    """
+    if not native(logits_SV, inv_temperature_S):
+        return reference.choose_rows(logits_SV, inv_temperature_S, key_S, greedy_S, vocab_offset)
+    rows, width = logits_SV.shape
+    stride = _logits_stride(logits_SV, 1)
+    if greedy_S.dtype is not torch.bool or not greedy_S.is_cpu:
+        fail("greedy_S", greedy_S, f"bool ({rows},) on cpu")
+    index_S, value_S = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    _native.choose(
+        logits_SV.data_ptr(), rows, width, stride, dense("inv_temperature_S", inv_temperature_S, rows),
+        _keys(key_S, rows), dense("greedy_S", greedy_S, rows), vocab_offset, index_S.data_ptr(), value_S.data_ptr(),
+    )  # fmt: skip
+    return index_S, value_S
+
+
 def gumbel_noise(key_S: torch.Tensor, index_SC: torch.Tensor) -> torch.Tensor:
     """fp32 [S, C]: the very noise that `gumbel_argmax` adds to the logits of (global) vocabulary indices `index_SC`.
 

@@ -123,8 +123,7 @@ class Runner:
             if count:
                 sampled = self.sampler.sample(logits[:count], sampling.slots, sampling.positions)
                 tokens, logprobs = sampled.tokens.numpy(), sampled.logprobs
-                for slot, token in zip(sampling.slots, tokens.tolist(), strict=True):
-                    self.sampler.note(slot, token)
+                self.sampler.note(sampling.slots, tokens.tolist())
                 self.slots.note(sampling.slots, sampling.positions, tokens)
                 if self.rank == 0:
                     for pipe in self.wiring.tokens_out:

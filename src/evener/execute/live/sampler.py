@@ -24,10 +24,10 @@ from evener.engine.request import SamplingParams
 from evener.errors import EvenerError
 from evener.execute.live.sampling import nucleus
 from evener.execute.live.sampling.exchange import Exchange
-from evener.execute.live.sampling.local import LocalLogits, pick
+from evener.execute.live.sampling.local import LocalLogits, pick, plain_winners
 from evener.execute.live.sampling.logprobs import token_logprobs
 from evener.execute.live.sampling.penalties import SeenTokens, apply_penalties, has_penalties
-from evener.execute.live.sampling.slots import I64, RowParams, SlotTable
+from evener.execute.live.sampling.slots import I64, PlainRows, RowParams, SlotTable
 from evener.execute.live.transport.base import Group
 
 NARROW = 64
@@ -77,11 +77,14 @@ class Sampler:
         self._slots.drop(slot)
         self._seen.pop(slot, None)
 
-    def note(self, slot: int, token: int) -> None:
-        """An output token of the slot became known; call it before the slot samples again."""
-        seen = self._seen.get(slot)
-        if seen is not None:
-            seen.note(token)
+    def note(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """An output token of each slot became known; call it before the slots sample again."""
+        if not self._seen:
+            return
+        for slot, token in zip(slots, tokens, strict=True):
+            seen = self._seen.get(slot)
+            if seen is not None:
+                seen.note(token)
 
     def sample(self, logits_SV: torch.Tensor, slots: Sequence[int], positions: Sequence[int]) -> Sampled:
         """Choose one token per row; `positions[s]` is the position the new token will have in its sequence.
@@ -92,6 +95,10 @@ class Sampler:
         """
         if not slots:
             return Sampled(torch.zeros(0, dtype=torch.int64, device=self._device), {})
+        if self._seen.keys().isdisjoint(slots):
+            plain = self._slots.plain(slots, positions)
+            if plain is not None:  # what nearly every row is: nothing but the one call and the one message
+                return Sampled(torch.from_numpy(self._choose_plain(logits_SV, plain)).to(self._device), {})
         rows = self._slots.rows(slots, positions)
         asked = np.flatnonzero(rows.logprobs >= 0)
         penalised = [(s, self._seen[slot]) for s, slot in enumerate(slots) if slot in self._seen]
@@ -116,6 +123,19 @@ class Sampler:
         if not next_tokens:
             return []
         return token_logprobs(self._exchange, logits_PV, next_tokens, top, self._interval[0], self._vocab)
+
+    def _choose_plain(self, logits_SV: torch.Tensor, rows: PlainRows) -> I64:
+        """The best token of each row over the whole vocabulary: the highest score, the lowest index on ties."""
+        parts = plain_winners(logits_SV, rows, self._interval[0])
+        score_RS, index_RS = self._exchange.gather(parts)
+        score_S, index_S = score_RS[0], index_RS[0]
+        if self._exchange.size > 1:
+            rank = _leader(score_RS, index_RS)
+            score_S, index_S = (np.take_along_axis(x, rank, axis=0)[0] for x in (score_RS, index_RS))
+        if not np.isfinite(score_S).all():
+            _check_finite(score_S, np.arange(len(score_S)))
+        tokens_S: I64 = index_S.astype(np.int64)
+        return tokens_S
 
     def _choose(self, local: LocalLogits) -> I64:
         """One message for all rows, then the rows whose cut it did not prove."""
@@ -180,10 +200,16 @@ class Sampler:
 
 def _best(score_RW: nucleus.F32, index_RW: nucleus.I32, logit_RW: nucleus.F32) -> tuple[nucleus.F32, I64, nucleus.F32]:
     """(score, index, logit) of the best rank: the highest score, the lowest index on ties."""
-    tied = np.where(score_RW == score_RW.max(axis=0), index_RW, np.iinfo(np.int32).max)
-    rank = tied.argmin(axis=0)[None]
+    rank = _leader(score_RW, index_RW)
     score, index, logit = (np.take_along_axis(x, rank, axis=0)[0] for x in (score_RW, index_RW, logit_RW))
     return score, index.astype(np.int64), logit
+
+
+def _leader(score_RW: nucleus.F32, index_RW: nucleus.I32) -> I64:
+    """[1, W]: which rank is the best."""
+    tied = np.where(score_RW == score_RW.max(axis=0), index_RW, np.iinfo(np.int32).max)
+    leader: I64 = tied.argmin(axis=0)[None]
+    return leader
 
 
 def _check_finite(best: nucleus.F32, rows: I64) -> None:

@@ -73,6 +73,8 @@ class Slots:
         Advances the lengths: call once per batch, after `apply`.
         """
         decode = np.fromiter(self.decoding(batch), dtype=np.int64)
+        if not batch.chunks and not batch.pad_tokens:
+            return self._decode_rows(decode)
         slots_R = np.concatenate([decode, np.fromiter((c.slot for c in batch.chunks), dtype=np.int64)])
         start_R = np.concatenate(
             [self.length_N[decode] - 1, np.fromiter((c.start for c in batch.chunks), dtype=np.int64)]
@@ -106,6 +108,23 @@ class Slots:
             n_real=n_real,
         )
         return rows, sampling, slots_T, positions_T
+
+    def _decode_rows(self, decode: NDArray[np.int64]) -> tuple[Rows, Sampling, NDArray[np.int64], NDArray[np.int64]]:
+        """`rows` of a batch that is one step of decoding rows: what comes of it in general, with less work."""
+        n = len(decode)
+        length = self.length_N[decode]
+        positions = length - 1
+        block, offset = np.divmod(positions, self.block_tokens)
+        kv_slot = self.tables_NM[decode, block] * self.block_tokens + offset
+        tables_RM = np.ascontiguousarray(self.tables_NM[decode, : max(1, int(block.max(initial=0)) + 1)])
+        self.length_N[decode] = length + 1
+        position_T = torch.from_numpy(positions.astype(np.int32))
+        rows = Rows(
+            positions_T=position_T, cu_R=torch.arange(n + 1, dtype=torch.int32), start_R=position_T,
+            tables_RM=torch.from_numpy(tables_RM), kv_slot_T=torch.from_numpy(kv_slot.astype(np.int32)),
+            sample_S=torch.arange(n), n_rows=n, n_real=n,
+        )  # fmt: skip
+        return rows, Sampling(decode.tolist(), length.tolist(), []), decode, positions
 
     def _sampling(
         self, chunks: list[Chunk], decode: NDArray[np.int64], cu_R: NDArray[np.int64]

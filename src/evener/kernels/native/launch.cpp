@@ -241,6 +241,17 @@ void gumbel_argmax(const float* x, int64_t rows, int64_t width, int64_t stride, 
   }
 }
 
+void choose(const float* x, int64_t rows, int64_t width, int64_t stride, const float* inv_temperature,
+            const uint64_t* key, const bool* greedy, uint32_t vocab_offset, int64_t* index, float* value) {
+  const float floor = -std::numeric_limits<float>::infinity();
+  for (int64_t r = 0; r < rows; ++r)
+    if (greedy[r])
+      argmax(x + r * stride, 1, width, stride, index + r, value + r);
+    else
+      gumbel_argmax(x + r * stride, 1, width, stride, inv_temperature + r, key + r, vocab_offset, &floor, index + r,
+                    value + r);
+}
+
 void gumbel_noise(const uint64_t* key, const int64_t* index, int64_t rows, int64_t width, float* out) {
   for (int64_t r = 0; r < rows; ++r) {
     uint64_t z = mix(key[r]);

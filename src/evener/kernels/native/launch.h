@@ -32,6 +32,9 @@ void attention(const AttentionArgs& args, Kv kv, const Batch& batch);
 void argmax(const float* x, int64_t rows, int64_t width, int64_t stride, int64_t* index, float* value);
 void gumbel_argmax(const float* x, int64_t rows, int64_t width, int64_t stride, const float* inv_temperature,
                    const uint64_t* key, uint32_t vocab_offset, const float* floor, int64_t* index, float* value);
+// argmax of the rows that are `greedy`, gumbel_argmax of the others, without a floor.
+void choose(const float* x, int64_t rows, int64_t width, int64_t stride, const float* inv_temperature,
+            const uint64_t* key, const bool* greedy, uint32_t vocab_offset, int64_t* index, float* value);
 void gumbel_noise(const uint64_t* key, const int64_t* index, int64_t rows, int64_t width, float* out);
 void logsumexp(const float* x, int64_t rows, int64_t width, int64_t stride, float* out);
 void top_candidates(const float* x, int64_t rows, int64_t width, int64_t stride, int64_t k, float* values,

@@ -158,6 +158,14 @@ NB_MODULE(_native, m) {
       },
       free);
   m.def(
+      "choose",
+      [](uintptr_t x, int64_t rows, int64_t width, int64_t stride, uintptr_t inv_temperature, uintptr_t key,
+         uintptr_t greedy, uint32_t vocab_offset, uintptr_t index, uintptr_t value) {
+        choose(floats(x), rows, width, stride, floats(inv_temperature), at<const uint64_t>(key), at<const bool>(greedy),
+               vocab_offset, at<int64_t>(index), at<float>(value));
+      },
+      free);
+  m.def(
       "gumbel_noise",
       [](uintptr_t key, uintptr_t index, int64_t rows, int64_t width, uintptr_t out) {
         gumbel_noise(at<const uint64_t>(key), at<const int64_t>(index), rows, width, at<float>(out));

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evener.execute.live.sampling.slots import I64, RowParams
-from evener.kernels import argmax_rows, gumbel_argmax, gumbel_noise, logsumexp_rows, top_candidates
+from evener.execute.live.sampling.slots import I64, PlainRows, RowParams
+from evener.kernels import argmax_rows, choose_rows, gumbel_argmax, gumbel_noise, logsumexp_rows, top_candidates
 
 _BLOCK = 8
 """Rows whose temporaries are made at a time, so that they stay in the cache."""
@@ -93,6 +93,18 @@ class LocalLogits:
     def _key(self, at: I64) -> torch.Tensor:
         """The 64 key bits as int64."""
         return torch.from_numpy(self.rows.key[at].view(np.int64)).to(self.device)
+
+
+def plain_winners(logits_SV: torch.Tensor, rows: PlainRows, offset: int) -> list[torch.Tensor]:
+    """[score, index] of the best token of every row, fp32 and int32, as `LocalLogits.winners` gives them."""
+    device = logits_SV.device
+    if not logits_SV.shape[1]:
+        lowest = torch.full((len(rows.key),), -torch.inf, device=device)
+        return [lowest, torch.zeros(len(rows.key), dtype=torch.int32, device=device)]
+    inverse, greedy = torch.from_numpy(rows.inverse).to(device), torch.from_numpy(rows.greedy).to(device)
+    key = torch.from_numpy(rows.key.view(np.int64)).to(device)
+    index, score = choose_rows(logits_SV, inverse, key, greedy, offset)
+    return [score, (index + offset).to(torch.int32)]
 
 
 def runs(

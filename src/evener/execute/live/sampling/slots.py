@@ -56,6 +56,15 @@ class RowParams(NamedTuple):
     key: U64
 
 
+class PlainRows(NamedTuple):
+    """The parameters of rows that are drawn from the whole vocabulary and report nothing but the token, each [S]."""
+
+    inverse: NDArray[np.float32]
+    """Of the temperature; 1 for greedy rows."""
+    greedy: NDArray[np.bool_]
+    key: U64
+
+
 class SlotTable:
     """Parameters of every slot in use. Slots are small non-negative integers chosen by the brain."""
 
@@ -69,6 +78,7 @@ class SlotTable:
         self._min_p = np.zeros(0, np.float64)
         self._logprobs = np.zeros(0, np.int64)
         self._key = np.zeros(0, np.uint64)
+        self._plain = np.zeros(0, np.bool_)
 
     def add(self, slot: int, params: SamplingParams) -> None:
         """Set a slot, whatever it held before."""
@@ -81,6 +91,9 @@ class SlotTable:
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
         self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        self._plain[slot] = params.logprobs is None and (
+            params.greedy or (params.top_k <= 0 and params.top_p >= 1 and params.min_p <= 0)
+        )
         self._key[slot] = mix((mix(params.seed & _MASK) + params.choice) & _MASK)
 
     def drop(self, slot: int) -> None:
@@ -101,9 +114,18 @@ class SlotTable:
             mix_all(self._key[at] + np.asarray(positions, np.uint64)),
         )
 
+    def plain(self, slots: Sequence[int], positions: Sequence[int]) -> PlainRows | None:
+        """As `rows`, in short, where all of them are plain; else None."""
+        at = np.asarray(slots, np.int64)
+        if not self._plain[at].all():
+            return None
+        assert bool(self._known[at].all()), f"a slot of {list(slots)} was never added"
+        inverse = (1.0 / self._temperature[at]).astype(np.float32)
+        return PlainRows(inverse, self._greedy[at], mix_all(self._key[at] + np.asarray(positions, np.uint64)))
+
     def _grow(self, need: int) -> None:
         self._size = max(need, 2 * self._size, 64)
-        for name in ("_known", "_temperature", "_greedy", "_top_k", "_top_p", "_min_p", "_logprobs", "_key"):
+        for name in ("_known", "_temperature", "_greedy", "_top_k", "_top_p", "_min_p", "_logprobs", "_key", "_plain"):
             old = getattr(self, name)
             new = np.zeros(self._size, old.dtype)
             new[: len(old)] = old
