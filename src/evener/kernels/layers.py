@@ -9,7 +9,9 @@ Shape suffixes: T rows of the batch, H hidden, D head_dim, P positions, Q query 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from evener.kernels import _native
 from evener.kernels.checks import dense, fail, ints, kv_slabs
@@ -111,6 +113,7 @@ class Layers:
         kv, _, _, _, blocks, elements = kv_slabs(k_LKB[0], v_LKB[0], s.head_dim) if s.n_kv else (0, 0, 0, 0, 0, 0)
         position = cos_PD.shape[0]
         self._shape = shape
+        self.count = len(layers)
         self._keep = (tuple(layers), k_LKB, v_LKB, cos_PD, sin_PD, kv_of_head_Q)
         given = [_layer(s, w, k_LKB[i], v_LKB[i]) for i, w in enumerate(layers)]
         self._native = _native.Layers(
@@ -148,6 +151,19 @@ class Layers:
     def run(self, batch: Batch, x_TH: torch.Tensor) -> None:
         """All layers of a shard without peers; x is updated in place."""
         self._native.run(batch.addresses, self._rows("x_TH", x_TH, batch))
+
+    def run_with_peers(
+        self, batch: Batch, x_TH: torch.Tensor, sum_at: int, group_at: int, floor_ns: int
+    ) -> NDArray[np.int64] | None:
+        """All layers, the parts of each half summed over the group by a transport's own native function.
+
+        `sum_at`: the address of that function, `Peers::sum` of native/layer.h; `group_at`: of what it is called for,
+        with `floor_ns`. Returns what it stamped, [2 * layers, 5], or None where a sum failed: the transport knows why.
+        """
+        stamps = np.empty((2 * self.count, 5), np.int64)
+        x = self._rows("x_TH", x_TH, batch)
+        done = self._native.run_with_peers(batch.addresses, x, sum_at, group_at, floor_ns, stamps.ctypes.data)
+        return stamps if done else None
 
     def _rows(self, name: str, t: torch.Tensor, batch: Batch) -> int:
         if t.dtype is not torch.float32 or not t.is_cpu:

@@ -5,12 +5,13 @@ Shape suffixes: T rows of the batch, S sampled rows, H hidden, V vocabulary rows
 heads of this shard, C fused q, k, v width ((Q + 2 KV heads) * D), F FFN columns of this shard.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from evener import kernels
 from evener.errors import InvalidInput
+from evener.kernels.layers import Batch
 from evener.model.inputs import Rows
 from evener.model.kv import KVSlabs
 from evener.model.rope import rope_tables
@@ -25,6 +26,15 @@ class Group(Protocol):
 
     def all_reduce(self, t: torch.Tensor) -> object:
         """Sum over the ranks of the stage, in place; fp32, contiguous."""
+        ...
+
+
+@runtime_checkable
+class RunsLayers(Protocol):
+    """A group that also runs whole layers with their sums, in native code."""
+
+    def run_layers(self, layers: kernels.Layers, batch: Batch, x_TH: torch.Tensor) -> object:
+        """`layers` on `batch`, each half followed by an all_reduce; x_TH is updated in place."""
         ...
 
 
@@ -172,6 +182,9 @@ def _run_native(
     batch = layers.batch(rows)
     if group is None:
         layers.run(batch, x_TH)
+        return x_TH
+    if isinstance(group, RunsLayers):
+        group.run_layers(layers, batch, x_TH)
         return x_TH
     attn_TH, mlp_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
     for i in range(count):

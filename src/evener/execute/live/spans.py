@@ -13,7 +13,8 @@ from msgspec import structs
 
 from evener.execute.live.kernel_time import KernelTime
 from evener.execute.live.pace import Pace
-from evener.execute.live.transport.base import Group, Pipe, Stamp
+from evener.execute.live.transport.base import Group, Pipe, RunsLayers, Stamp
+from evener.kernels.layers import Batch, Layers
 from evener.ledger.spans import Op, Segment, Span, Traffic
 from evener.units import Nanoseconds
 
@@ -167,6 +168,17 @@ class TimedGroup:
         self._note = spans.log.append
         self.rank = inner.rank
         self.size = inner.size
+        if isinstance(inner, RunsLayers):
+            self.run_layers = self._run_layers
+
+    def _run_layers(self, layers: Layers, batch: Batch, x_TH: torch.Tensor) -> list[Stamp]:
+        """See RunsLayers; only there where the inner group has it."""
+        assert isinstance(self._inner, RunsLayers)
+        stamps = self._inner.run_layers(layers, batch, x_TH)
+        nbytes = x_TH.nbytes
+        for stamp in stamps:
+            self._note((_REDUCE, nbytes, stamp))
+        return stamps
 
     def all_reduce(self, t: torch.Tensor) -> Stamp:
         """See Group."""

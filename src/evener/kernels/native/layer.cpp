@@ -88,16 +88,25 @@ void Layers::mlp(int64_t layer, const RowsArgs& b, float* x, const float* delta,
   });
 }
 
-void Layers::run(const RowsArgs& b, float* x) const {
+bool Layers::run(const RowsArgs& b, float* x, const Peers* peers, int64_t* stamps) const {
   thread_local Aligned room;
   const int64_t size = b.rows * shard_.hidden;
   float *attn = room.at_least(2 * size), *down = attn + size;
+  auto sum = [&](float* part) {
+    if (!peers) return true;
+    bool done = peers->sum(peers->group, {part, uint64_t(size), peers->floor_ns, stamps});
+    stamps += Peers::STAMP;
+    return done;
+  };
   for (int64_t i = 0; i < count(); ++i) {
     attention(i, b, x, i ? down : nullptr, attn);
+    if (!sum(attn)) return false;
     mlp(i, b, x, attn, down);
+    if (!sum(down)) return false;
   }
   if (count())
     for (int64_t i = 0; i < size; ++i) x[i] += down[i];
+  return true;
 }
 
 }  // namespace evener

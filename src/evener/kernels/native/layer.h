@@ -37,6 +37,20 @@ struct RowsArgs {
   int64_t rows, real, sequences, table_width;
 };
 
+// How a shard adds its parts to those of its peers: a function of a transport, as its `Group::sum_for_native`.
+struct Peers {
+  struct Sum {
+    float* t;
+    uint64_t count;
+    int64_t floor_ns;
+    int64_t* stamp;
+  };
+  bool (*sum)(void* group, const Sum& sum) noexcept;
+  void* group;
+  int64_t floor_ns;
+  static constexpr int STAMP = 5;  // numbers of a stamp
+};
+
 class Layers {
  public:
   Layers(const ShardArgs& shard, std::vector<LayerArgs> layers) : shard_(shard), layers_(std::move(layers)) {}
@@ -46,8 +60,9 @@ class Layers {
   void attention(int64_t layer, const RowsArgs& rows, float* x, const float* delta, float* out) const;
   // x += delta; out = this shard's part of the feed-forward network over the norm of x.
   void mlp(int64_t layer, const RowsArgs& rows, float* x, const float* delta, float* out) const;
-  // All layers of a shard without peers; x is updated in place.
-  void run(const RowsArgs& rows, float* x) const;
+  // All layers of a shard; x is updated in place. With peers, the parts of every half are summed over them, and
+  // `stamps` receives one stamp for each of the 2 * count() sums. False: a sum failed, and x is of no use.
+  bool run(const RowsArgs& rows, float* x, const Peers* peers, int64_t* stamps) const;
 
  private:
   ShardArgs shard_;

@@ -207,6 +207,12 @@ NB_MODULE(_native, m) {
            })
       .def("run", [](const Layers& self, const RowsTuple& r, uintptr_t x) {
         nb::gil_scoped_release released;
-        self.run(rows(r), at<float>(x));
+        self.run(rows(r), at<float>(x), nullptr, nullptr);
+      })
+      // Holds the interpreter lock, as the sums expect; they give it up while they sleep.
+      .def("run_with_peers", [](const Layers& self, const RowsTuple& r, uintptr_t x, uintptr_t sum, uintptr_t group,
+                                int64_t floor_ns, uintptr_t stamps) {
+        Peers peers{reinterpret_cast<decltype(Peers::sum)>(sum), at<void>(group), floor_ns};
+        return self.run(rows(r), at<float>(x), &peers, at<int64_t>(stamps));
       });
 }

@@ -8,10 +8,11 @@ late: `arrived - entered` is waiting for peers (straggler), `ended - arrived` is
 the thread's CPU time at both ends, so that what lies between two operations can be told from losing the core.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+from evener.kernels.layers import Batch, Layers
 from evener.units import Nanoseconds
 
 
@@ -51,6 +52,15 @@ class Group(Protocol):
 
     def close(self) -> None:
         """Release resources; idempotent."""
+        ...
+
+
+@runtime_checkable
+class RunsLayers(Protocol):
+    """A group that also runs whole layers with their sums, so that Python has no part in them."""
+
+    def run_layers(self, layers: Layers, batch: Batch, x_TH: torch.Tensor) -> list[Stamp]:
+        """`layers` on `batch`, each half followed by an all_reduce; x_TH is updated in place. The sums' stamps."""
         ...
 
 

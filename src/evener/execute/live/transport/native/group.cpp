@@ -120,6 +120,19 @@ Stamp Group::all_reduce(uintptr_t t, uint64_t count, int dtype, int64_t floor_ns
   return leave(e, floor_ns);
 }
 
+bool Group::sum_for_native(void* group, const Sum& sum) noexcept {
+  Group& self = *static_cast<Group*>(group);
+  try {
+    const Stamp s = self.all_reduce(reinterpret_cast<uintptr_t>(sum.t), sum.count, 0, sum.floor_ns);
+    const int64_t stamp[] = {s.entered, s.arrived, s.ended, s.cpu_entered, s.cpu_ended};
+    std::copy(std::begin(stamp), std::end(stamp), sum.stamp);
+    return true;
+  } catch (...) {
+    self.failed_ = std::current_exception();
+    return false;
+  }
+}
+
 // Every rank reads every slot and adds all of it: one step per chunk.
 void Group::direct(Entry& e, char* t, uint64_t count, Dtype dtype) {
   const uint64_t width = bytes_of(dtype), chunk = slot_bytes_ / width;

@@ -5,6 +5,8 @@
 // s + 1 knows that all have finished reading step s, so step s + 2 may overwrite it, and one wait per step is enough.
 #pragma once
 
+#include <exception>
+
 #include "sum.hpp"
 #include "wait.hpp"
 
@@ -36,6 +38,18 @@ class Group {
   Stamp all_gather(uintptr_t t, uintptr_t out, uint64_t bytes, int64_t floor_ns);
   Stamp all_to_all(uintptr_t t, uintptr_t out, uint64_t bytes_each, int64_t floor_ns);
   uint64_t operations() const { return op_; }
+
+  // For native code that runs several operations between two of Python's: fp32 all_reduce of `count` numbers at `t` by
+  // the Group at `group`. False if it threw; `rethrow` then throws it in Python's sight. The caller holds the
+  // interpreter lock.
+  struct Sum {
+    float* t;
+    uint64_t count;
+    int64_t floor_ns;
+    int64_t* stamp;  // the five numbers of a Stamp, filled in
+  };
+  static bool sum_for_native(void* group, const Sum& sum) noexcept;
+  void rethrow() { std::rethrow_exception(std::exchange(failed_, nullptr)); }
 
  private:
   struct alignas(128) RankLine {
@@ -69,6 +83,7 @@ class Group {
   int rank_, size_;
   uint64_t slot_bytes_, stride_, direct_bytes_;
   uint64_t step_ = 0, op_ = 0;
+  std::exception_ptr failed_;
 };
 
 }  // namespace evener

@@ -73,11 +73,15 @@ NB_MODULE(_shm, m) {
       .def("share", &Segment::share)
       .def("close", &Segment::close);
 
+  m.attr("SUM") = reinterpret_cast<uintptr_t>(&Group::sum_for_native);
+
   nb::class_<Group>(m, "Group")
       .def(nb::init<const Segment&, uint64_t, uint64_t, int, int, uint64_t, uint64_t, int64_t, int64_t>(),
            "segment"_a, "offset"_a, "first_bell"_a, "rank"_a, "size"_a, "slot_bytes"_a, "direct_bytes"_a,
            "deadline_ns"_a, "spin_ns"_a)
       .def_prop_ro("operations", &Group::operations)
+      .def_prop_ro("address", [](Group& g) { return reinterpret_cast<uintptr_t>(&g); })
+      .def("rethrow", &Group::rethrow)
       .def("all_reduce", [](Group& g, uintptr_t t, uint64_t count, int dtype,
                             int64_t floor_ns) { return as_tuple(g.all_reduce(t, count, dtype, floor_ns)); })
       .def("all_gather", [](Group& g, uintptr_t t, uintptr_t out, uint64_t bytes,
