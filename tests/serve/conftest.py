@@ -7,7 +7,8 @@ import pytest
 from fake import EOS, MODEL, FakeEngine, tiny_tokenizer
 from openai import AsyncOpenAI
 
-from evener.serve import FrontConfig, create_app
+from evener.serve.app import create_app
+from evener.serve.front import FrontConfig
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ import pytest
 from fake import EOS, MODEL, FakeEngine, tiny_tokenizer
 from ledger_story import told_engine
 
-from evener.serve import FrontConfig, create_app, run
+from evener.serve.app import create_app
+from evener.serve.front import FrontConfig
+from evener.serve.server import run
 
 pytestmark = pytest.mark.slow  # a process for every command
 

@@ -9,7 +9,7 @@ from openai import AsyncOpenAI, AuthenticationError, NotFoundError
 
 from bad_requests import BadRequest, Server, bad_requests
 from evener.errors import InvalidInput
-from evener.serve import FrontConfig
+from evener.serve.front import FrontConfig
 
 pytestmark = pytest.mark.anyio
 Http = Callable[..., httpx2.AsyncClient]

@@ -13,7 +13,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from evener.serve import FrontConfig, create_app
+from evener.serve.app import create_app
+from evener.serve.front import FrontConfig
 
 CONFIG = FrontConfig(served_model_names=(MODEL,), eos_token_ids=(EOS,))
 APP = create_app(FakeEngine(), tiny_tokenizer(), CONFIG)

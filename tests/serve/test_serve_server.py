@@ -10,8 +10,10 @@ from fake import EOS, MODEL, FakeEngine, tiny_tokenizer
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
 from evener.errors import StartFailed
-from evener.serve import FrontConfig, create_app, run
-from evener.serve.server import bind
+from evener.serve.app import create_app
+from evener.serve.front import FrontConfig
+from evener.serve.listen import bind
+from evener.serve.server import run
 
 pytestmark = pytest.mark.anyio
 

@@ -3,18 +3,16 @@
 import asyncio
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from msgspec import structs
 
 from evener.api import AUTO, EngineOptions, describe, prepare, start_engine
 from evener.cli.engine_options import with_engine_options
 from evener.errors import InvalidInput
+from evener.model.source import ModelSource
 from evener.profile import load_profile, local_devices, measure
-from evener.serve.app import create_app
-from evener.serve.front import FrontConfig
-from evener.serve.server import bind, run
+from evener.serve.listen import bind
 from evener.spec.cluster import Cluster, parse_device
 
 
@@ -53,6 +51,14 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _load_front(source: ModelSource) -> Any:
+    """Import the HTTP front, and load the tokenizer."""
+    import evener.serve.app
+    import evener.serve.server  # noqa: F401
+
+    return source.tokenizer()
+
+
 def _measure(options: EngineOptions) -> None:
     """Measure the devices to choose among, unless it was done before."""
     given = tuple(parse_device(text) for text in options.devices)
@@ -78,10 +84,6 @@ async def _serve(
         _measure(options)
     prepared = prepare(options)
     source = prepared.source
-    config = FrontConfig(
-        served_model_names=names or (source.name,), eos_token_ids=(), api_key=api_key, allowed_origins=origins,
-        chat_template=template,
-    )  # fmt: skip
     _say(f"evener: {source.name}, {prepared.plan.name}, policy {options.policy}")
     if prepared.why:
         _say(f"  chosen: {prepared.why}")
@@ -96,11 +98,18 @@ async def _serve(
     )
     listener = bind(host, port)  # a port in use is refused before the model loads
     starting = asyncio.create_task(start_engine(prepared=prepared, progress=lambda text: _say(f"  {text}")))
-    # The tokenizer loads while the workers do.
-    tokenizer = await asyncio.to_thread(source.tokenizer)
-    config = structs.replace(config, eos_token_ids=source.eos_token_ids)
+    await asyncio.sleep(0)  # the workers are started here; the front and the tokenizer load while they do
+    tokenizer = await asyncio.to_thread(_load_front, source)
     engine = await starting
     try:
+        from evener.serve.app import create_app
+        from evener.serve.front import FrontConfig
+        from evener.serve.server import run
+
+        config = FrontConfig(
+            served_model_names=names or (source.name,), eos_token_ids=source.eos_token_ids, api_key=api_key,
+            allowed_origins=origins, chat_template=template,
+        )  # fmt: skip
         app = create_app(engine, tokenizer, config)
         await run(app, host, port, listener=listener, ready=lambda p: _say(f"evener: ready on http://{host}:{p}/v1"))
     finally:

@@ -10,13 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.optimize
 
 from evener.plan.pipeline import Candidate, build_replica
 from evener.plan.problem import Problem
 from evener.plan.stages import Group, Stages
 
-_scipy: Any = scipy.optimize
 BEAM = 24
 """Patterns kept per number of units, for each of two orders of merit."""
 MOST_UNITS = 32
@@ -211,12 +209,15 @@ def choose(pool: _Pool, patterns: Sequence[Pattern], most_replicas: int | None =
     if most_replicas is not None:
         rows.append([1] * len(patterns))
         limits.append(most_replicas)
+    import scipy.optimize  # a quarter of a second that most commands need not spend
+
+    highs: Any = scipy.optimize
     # A replica more must bring a little: without it ties are broken towards many small replicas at random.
-    solved = _scipy.milp(
+    solved = highs.milp(
         -value / value.max() + 1e-6,
         integrality=np.ones(len(patterns)),
-        bounds=_scipy.Bounds(0, np.inf),
-        constraints=_scipy.LinearConstraint(np.array(rows, dtype=float), ub=np.array(limits, dtype=float)),
+        bounds=highs.Bounds(0, np.inf),
+        constraints=highs.LinearConstraint(np.array(rows, dtype=float), ub=np.array(limits, dtype=float)),
         options={"time_limit": SECONDS, "mip_rel_gap": 1e-3},
     )
     if solved.x is None:

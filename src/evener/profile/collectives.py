@@ -28,7 +28,8 @@ def create(sizes: tuple[int, ...]) -> "_shm.Segment":
 
 def join(fd: int, sizes: tuple[int, ...], rank: int) -> "dict[int, ShmGroup]":
     """Open every group that has this rank. Takes `fd` over."""
-    from evener.execute.live.transport.shm import Segment, ShmGroup
+    from evener.execute.live.transport.segment import Segment
+    from evener.execute.live.transport.shm import ShmGroup
 
     segment, layout = Segment.attach(fd), _layout(sizes)
     return {g: ShmGroup(segment, layout.groups[g], rank, deadline=DEADLINE) for g, n in enumerate(sizes) if rank < n}

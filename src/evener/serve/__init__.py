@@ -1,7 +1,7 @@
 """OpenAI-compatible HTTP over an engine; one file per wire format.
 
     app           create_app: endpoints, API key, OpenAPI document
-    server        run: the app on a port, clean stop
+    listen        a port                     server    run: the app on it, clean stop
     completions   /v1/completions            chat      /v1/chat/completions
     models        /v1/models, /version       tokenize  /tokenize, /detokenize
     health        /health                    metrics   /metrics
@@ -9,9 +9,3 @@
 Below them, in the order a request meets it: `fields` (names, JSON), `params` (types, ranges), `front` (prompt to
 sequences), `vocabulary` (text and tokens), `generation` (answers to text), `detokenize`, `sse`, `wire`, `errors`.
 """
-
-from evener.serve.app import create_app
-from evener.serve.front import FrontConfig
-from evener.serve.server import run
-
-__all__ = ["FrontConfig", "create_app", "run"]

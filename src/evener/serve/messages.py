@@ -1,19 +1,24 @@
 """The messages of a conversation: what they may hold, and how they become a prompt."""
 
 import inspect
+from functools import cache
 from typing import Annotated, Any, Literal, Protocol
 
 from msgspec import Meta, Struct
-from transformers import PreTrainedTokenizerBase
 
 from evener.errors import InvalidRequest, UnsupportedParameter
 from evener.serve.fields import refuse, shown
 from evener.serve.front import Front
 
-RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
-"""Names that chat_template_kwargs may not set: they are arguments of the renderer, not of the template."""
-
 ROLES = ("system", "developer", "user", "assistant")
+
+
+@cache
+def _reserved() -> frozenset[str]:
+    """Names that chat_template_kwargs may not set: they are arguments of the renderer, not of the template."""
+    from transformers import PreTrainedTokenizerBase  # loaded with the tokenizer; slow to import before workers start
+
+    return frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 
 
 class TextPart(Struct, frozen=True, kw_only=True):
@@ -84,7 +89,7 @@ async def chat_prompt(front: Front, body: Conversation) -> list[int]:
         raise InvalidRequest(
             "add_generation_prompt and continue_final_message exclude each other; set one", "continue_final_message"
         )
-    if taken := sorted(RESERVED & body.chat_template_kwargs.keys()):
+    if taken := sorted(_reserved() & body.chat_template_kwargs.keys()):
         raise InvalidRequest(
             f"chat_template_kwargs may not set {', '.join(taken)}; use the request field of that name, if there is one",
             "chat_template_kwargs",

@@ -42,7 +42,7 @@ from evener.execute.base import ReplicaStatus, Status
 from evener.execute.live.chronicle import Chronicle
 from evener.execute.live.fleet import LiveConfig, make_segments, worker_configs
 from evener.execute.live.launch import SocketDir, WorkerProcess
-from evener.execute.live.transport.shm import Segment
+from evener.execute.live.transport.segment import Segment
 from evener.execute.live.watch import FailureWatch
 from evener.execute.live.wire import Done, Lost, Ready, Spans, Stop, Work, decode_from_worker, encode
 from evener.ledger.ledger import Ledger

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from msgspec import Struct
 
 from evener.brain import BrainConfig
-from evener.execute.live.transport.shm import Segment
+from evener.execute.live.topology import layout_of
+from evener.execute.live.transport.segment import Segment
 from evener.execute.live.wire import WorkerConfig
-from evener.execute.live.wiring import layout_of
 from evener.spec.cluster import Cluster
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Plan

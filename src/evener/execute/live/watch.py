@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from evener.execute.live.launch import WorkerProcess
-from evener.execute.live.transport.shm import Segment
+from evener.execute.live.transport.segment import Segment
 from evener.spec.plan import Plan
 from evener.units import Seconds
 

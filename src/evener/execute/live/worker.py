@@ -24,10 +24,12 @@ from evener.execute.live.runner import Runner
 from evener.execute.live.sampler import Sampler
 from evener.execute.live.slots import Slots
 from evener.execute.live.spans import SpanMaker, TimedGroup, TimedPipe
+from evener.execute.live.topology import layout_of
 from evener.execute.live.transport.base import Group, Pipe
-from evener.execute.live.transport.shm import SPIN, Segment
+from evener.execute.live.transport.segment import Segment
+from evener.execute.live.transport.shm import SPIN
 from evener.execute.live.wire import Done, Lost, Ready, Stop, WorkerConfig, encode
-from evener.execute.live.wiring import connect, layout_of
+from evener.execute.live.wiring import connect
 from evener.ledger.spans import Op
 from evener.model.decoder import StageModel
 from evener.model.source import open_model
