@@ -181,13 +181,15 @@ def compare(
     return Compared(worst, verdict, len(positions), kl)
 
 
-def size_kv(sequences: Sequence[int], rows: int, longest: int) -> int:
-    """KV blocks of a replica that runs short: a third of what `rows` sequences hold at their ends.
+def size_kv(prompts: Sequence[int], tokens: int, rows: int, chunk: int, longest: int) -> int:
+    """KV blocks of a replica that runs short: a third of what the sequences that run at once hold at their ends.
 
-    `sequences` are final lengths in tokens. There is always room for the longest sequence alone, of `longest` tokens.
+    `prompts` are lengths in tokens, answers have `tokens`. At once run `rows` of them, or as many as are prefilled by
+    batches of `chunk` tokens while one answers. There is always room for the longest alone, of `longest` tokens.
     """
-    blocks = [-(-tokens // BLOCK_TOKENS) for tokens in sequences]
-    at_once = min(rows, len(blocks)) * sum(blocks) // len(blocks)
+    blocks = [-(-(prompt + tokens) // BLOCK_TOKENS) for prompt in prompts]
+    prefilled = -(-tokens * chunk * len(prompts) // sum(prompts))
+    at_once = min(rows, len(blocks), prefilled) * sum(blocks) // len(blocks)
     return max(-(-longest // BLOCK_TOKENS), -(-at_once // 3))
 
 
@@ -228,7 +230,7 @@ def verify(
     prompts = make_prompts(prepared.model.vocab, requests, longest, seed)
     replicas = len(prepared.plan.replicas)
     rows = min(prepared.options.max_num_seqs, -(-requests // replicas))
-    few = size_kv([len(p) + tokens for p in prompts], rows, longest + tokens)
+    few = size_kv([len(p) for p in prompts], tokens, rows, prepared.max_num_batched_tokens, longest + tokens)
     prepared = structs.replace(prepared, kv_blocks=[min(few, blocks) for blocks in prepared.kv_blocks])
     with LLM(prepared=prepared) as llm:
         watch = _Watch(llm.engine)

@@ -69,8 +69,7 @@ def test_only_what_a_policy_does_is_claimed() -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(
-    # Answers of two blocks or more: rows that grow by one block find it in what admission leaves free.
-    st.integers(1, 4), st.integers(1, 3), st.sampled_from(["equal-time", "fcfs"]), st.integers(32, 64),
+    st.integers(1, 4), st.integers(1, 3), st.sampled_from(["equal-time", "fcfs"]), st.integers(16, 64),
     st.sampled_from([4, 8, 24, 64]), st.integers(0, 1000),
 )  # fmt: skip
 def test_every_plan_sees_chunks_mixed_batches_and_preemption(
@@ -80,7 +79,7 @@ def test_every_plan_sees_chunks_mixed_batches_and_preemption(
     requests, longest = 64, 160
     prompts = make_prompts(1000, requests, longest, seed)
     rows = min(max_num_seqs, -(-requests // replicas))
-    few = size_kv([len(p) + tokens for p in prompts], rows, longest + tokens)
+    few = size_kv([len(p) for p in prompts], tokens, rows, 64, longest + tokens)
     assert few * BLOCK_TOKENS >= longest + tokens
     shard = (Shard("cpu:0", (0, 1), (0, 16), (0, 1000), (0, 1000)),)
     plan = Plan(tuple(Replica(tuple(Stage((s, s + 1), shard) for s in range(stages))) for _ in range(replicas)))
