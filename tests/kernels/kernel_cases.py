@@ -33,10 +33,17 @@ class Paged:
         v, v_scale = reference.quantize(self.v_slab.nan_to_num())
         k_scale[self.k_slab.isnan().any(-2)] = v_scale[self.v_slab.isnan().any(-1)] = torch.nan
 
-        def slab(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-            return torch.cat([values.flatten(-2), scale.contiguous().view(torch.int8)], dim=-1).contiguous()
+        def slab(values: torch.Tensor, places: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            placed = torch.empty_like(values.flatten(-2))
+            placed[..., places] = values
+            return torch.cat([placed, scale.contiguous().view(torch.int8)], dim=-1).contiguous()
 
-        return replace(self, k_slab=slab(k.transpose(-1, -2), k_scale), v_slab=slab(v, v_scale))
+        dim = self.q_TQD.shape[-1]
+        return replace(
+            self,
+            k_slab=slab(k.transpose(-1, -2), reference.key_places(dim), k_scale),
+            v_slab=slab(v, reference.value_places(dim), v_scale),
+        )
 
     def run(self) -> torch.Tensor:
         """The native result; padding stays -7."""

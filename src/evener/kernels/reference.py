@@ -69,9 +69,12 @@ def rope_write_kv(
         (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
         for slab, scale in ((k_slab, k_scale), (v_slab, v_scale)):
             _scales(slab, dim).permute(1, 2, 0)[block, offset] = scale
+        for slab, places, values in ((k_slab, key_places(dim).T, k), (v_slab, value_places(dim), v)):
+            slab.transpose(0, 1)[block[:, None], :, places[offset]] = values.transpose(1, 2)
+        return
     # Two index tensors around a slice: the indexed dimensions come first, so values are [tokens, n_kv, D].
-    _values(k_slab, dim, BLOCK_TOKENS)[:, block, :, offset] = k.to(k_slab.dtype)
-    _values(v_slab, BLOCK_TOKENS, dim).permute(1, 2, 0, 3)[block, offset] = v.to(v_slab.dtype)
+    k_slab[:, block, :, offset] = k.to(k_slab.dtype)
+    v_slab.permute(1, 2, 0, 3)[block, offset] = v.to(v_slab.dtype)
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,9 +84,17 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() * inverse.unsqueeze(-1)).round().to(torch.int8), scale
 
 
-def _values(slab: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The slab as [n_kv, blocks, rows, columns]; for int8 without the scales."""
-    return slab[..., : rows * columns].view(*slab.shape[:2], rows, columns) if slab.dtype is torch.int8 else slab
+def key_places(dim: int) -> torch.Tensor:
+    """[D, 16]: where the elements of K are in an int8 block, [D / 4][16][4]; the last run may be shorter than 4."""
+    d, t = torch.arange(dim).unsqueeze(1), torch.arange(BLOCK_TOKENS)
+    run = d // 4 * 4
+    return run * BLOCK_TOKENS + t * (dim - run).clamp_max(4) + d % 4
+
+
+def value_places(dim: int) -> torch.Tensor:
+    """[16, D]: where the elements of V are in an int8 block, [16 / 4][D][4]."""
+    t, d = torch.arange(BLOCK_TOKENS).unsqueeze(1), torch.arange(dim)
+    return (t // 4 * dim + d) * 4 + t % 4
 
 
 def _scales(slab: torch.Tensor, dim: int) -> torch.Tensor:
@@ -93,14 +104,18 @@ def _scales(slab: torch.Tensor, dim: int) -> torch.Tensor:
 
 def keys_of(k_slab: torch.Tensor, blocks: torch.Tensor, dim: int) -> torch.Tensor:
     """K of these blocks as numbers, [n_kv, blocks, D, 16]."""
-    k = _values(k_slab, dim, BLOCK_TOKENS)[:, blocks]
-    return k.float() * _scales(k_slab, dim)[:, blocks].unsqueeze(-2) if k.dtype is torch.int8 else k
+    k = k_slab[:, blocks]
+    if k.dtype is not torch.int8:
+        return k
+    return k[..., key_places(dim)].float() * _scales(k_slab, dim)[:, blocks].unsqueeze(-2)
 
 
 def values_of(v_slab: torch.Tensor, blocks: torch.Tensor, dim: int) -> torch.Tensor:
     """V of these blocks as numbers, [n_kv, blocks, 16, D]."""
-    v = _values(v_slab, BLOCK_TOKENS, dim)[:, blocks]
-    return v.float() * _scales(v_slab, dim)[:, blocks].unsqueeze(-1) if v.dtype is torch.int8 else v
+    v = v_slab[:, blocks]
+    if v.dtype is not torch.int8:
+        return v
+    return v[..., value_places(dim)].float() * _scales(v_slab, dim)[:, blocks].unsqueeze(-1)
 
 
 def silu_mul(gate_up_T2F: torch.Tensor, out_TF: torch.Tensor) -> None:

@@ -76,7 +76,8 @@ def rope_write_kv(
     pairs are (i, i + D / 2), as in Hugging Face. With `q_norm_D`, `k_norm_D` [D], each head passes an RMS norm first
     (Qwen3). `positions_T`, `kv_slot_T` int32 [T]; slot = block * 16 + offset, -1 writes no K and V.
     Writes `q_out_TQD` [T, n_q, D], `k_slab` [n_kv, blocks, D, 16] and `v_slab` [n_kv, blocks, 16, D], fp32 or bf16; or
-    both int8, [n_kv, blocks, 16 * (D + 4)]: the same 16 x D values, then an fp32 scale for each of the 16 tokens.
+    both int8, [n_kv, blocks, 16 * (D + 4)]: 16 x D values as `reference.key_places` and `reference.value_places` say,
+    then an fp32 scale for each of the 16 tokens.
     Raises ValueError, also for a position or slot outside its table.
     """
     given = (q_norm_D, k_norm_D)

@@ -50,6 +50,35 @@ EVENER_INLINE void outer_product(vf (&sum)[R][V], Row&& of_row, Column&& of_colu
 
 EVENER_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
+// W keys of a block, from the W-th `lane` on, at element d: K is [D][16], in int8 [D / 4][16][4].
+template <typename T>
+EVENER_INLINE vf keys_at(const T* block, int64_t d, int lane) {
+  return load(block + d * BLOCK + lane * W);
+}
+
+// W elements of a block's value of `token`, from `column` on: V is [16][D], in int8 [16 / 4][D][4].
+template <typename T>
+EVENER_INLINE vf values_at(const T* block, int64_t token, int64_t dim, int64_t column) {
+  return load(block + token * dim + column);
+}
+
+// Byte `at` of W words of four.
+EVENER_INLINE vf byte_of(const int8_t* words, int64_t at) {
+  vi v;
+  __builtin_memcpy(&v, words, sizeof v);
+  return __builtin_convertvector(v << int32_t(24 - 8 * at) >> 24, vf);
+}
+
+template <>
+inline __attribute__((always_inline)) vf keys_at<int8_t>(const int8_t* block, int64_t d, int lane) {
+  return byte_of(block + (d / 4 * BLOCK + lane * W) * 4, d % 4);
+}
+
+template <>
+inline __attribute__((always_inline)) vf values_at<int8_t>(const int8_t* block, int64_t token, int64_t dim, int64_t column) {
+  return byte_of(block + (token / 4 * dim + column) * 4, token % 4);
+}
+
 // Runs of 16 elements in a cache line.
 template <typename T>
 constexpr int RUNS = 4 / sizeof(T);
@@ -73,7 +102,7 @@ EVENER_INLINE void scores_of(const float* q, const T* const* k, const T* const* 
     EVENER_UNROLL for (int64_t d = run; d < run + RUNS<T>; ++d)
       outer_product(
           sum, [&](int r) EVENER_INLINED { return set1(q[d * R + r]); },
-          [&](int v) EVENER_INLINED { return load(k[v / LANES] + d * BLOCK + v % LANES * W); });
+          [&](int v) EVENER_INLINED { return keys_at(k[v / LANES], d, v % LANES); });
   }
   if constexpr (sizeof(T) == 1) {
     EVENER_UNROLL for (int v = 0; v < N * LANES; ++v) {
@@ -105,14 +134,13 @@ EVENER_INLINE void values_of(const float* p, const T* const* v, const T* const* 
   }
   int64_t key = 0;
   do {  // at least one key: with a test before the loop gcc spills the sums
-    const T* from = v[key / BLOCK] + key % BLOCK * dim + first;
     if (AHEAD && key % RUNS<T> == 0) {  // as many lines as are read, but in the order of memory
       const T* ahead = next[key / BLOCK] + first * BLOCK + key % BLOCK * (16 * N);
       EVENER_UNROLL for (int c = 0; c < N; ++c) prefetch(ahead + c * 16 * RUNS<T>);
     }
     outer_product(
         sum, [&](int r) EVENER_INLINED { return set1(p[r * KEY_TILE + key]); },
-        [&](int c) EVENER_INLINED { return load(from + c * W); });
+        [&](int c) EVENER_INLINED { return values_at(v[key / BLOCK], key % BLOCK, dim, first + c * W); });
   } while (++key < keys);
   EVENER_UNROLL for (int r = 0; r < R; ++r) {
     EVENER_UNROLL for (int c = 0; c < N * LANES; ++c) store(out + r * dim + first + c * W, sum[r][c]);
@@ -216,6 +244,38 @@ EVENER_INLINE void softmax(float* s, int first, int end, int blocks, int64_t dim
   }
 }
 
+// Where the blocks of a key tile are, and those of the next one.
+template <typename T>
+struct TileBlocks {
+  const T *k[KEY_TILE / BLOCK], *v[KEY_TILE / BLOCK], *k_next[KEY_TILE / BLOCK], *v_next[KEY_TILE / BLOCK];
+
+  TileBlocks(const AttentionArgs& a, const AttentionTile& t, int key) {
+    const bool last = key + KEY_TILE >= t.position + t.tokens;
+    const AttentionTile& then = last && t.next ? *t.next : t;
+    for (int j = 0; j < KEY_TILE / BLOCK; ++j) {
+      int64_t at = place(a, t, key / BLOCK + j), next = place(a, then, last ? j : key / BLOCK + j + KEY_TILE / BLOCK);
+      k[j] = static_cast<const T*>(a.k_slab) + at, v[j] = static_cast<const T*>(a.v_slab) + at;
+      k_next[j] = static_cast<const T*>(a.k_slab) + next, v_next[j] = static_cast<const T*>(a.v_slab) + next;
+    }
+  }
+
+  // Where a block of a tile's sequence is in a slab; past the last one, that one.
+  static int64_t place(const AttentionArgs& a, const AttentionTile& t, int block) {
+    int last = (t.position + t.tokens - 1) / BLOCK;
+    return t.kv_head * a.slab_head_stride + t.table[block < last ? block : last] * block_elements<T>(a.head_dim);
+  }
+};
+
+// The rows of a tile to where they belong, normalised.
+EVENER_INLINE void write_out(const AttentionArgs& a, const AttentionTile& t, const Running& run, int rows) {
+  const int64_t dim = a.head_dim;
+  for (int i = 0; i < rows; ++i) {
+    float* to = a.out + (t.row + i / t.heads) * a.out_stride + (t.head + i % t.heads) * dim;
+    float inverse = 1.0f / run.sum[i];
+    for (int64_t d = 0; d < dim; d += W) store(to + d, load(run.out + i * dim + d) * inverse);
+  }
+}
+
 template <typename T>
 void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
   const int64_t dim = a.head_dim;
@@ -238,19 +298,10 @@ void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scrat
   }
   __builtin_memset(run.out, 0, rows * dim * sizeof(float));
 
-  const int64_t head = t.kv_head * a.slab_head_stride, block_size = block_elements<T>(dim);
-  const T *k_head = static_cast<const T*>(a.k_slab) + head, *v_head = static_cast<const T*>(a.v_slab) + head;
   const int limit = t.position + t.tokens;  // keys the last token reads
-  const int n_blocks = (limit + BLOCK - 1) / BLOCK;
   for (int key = 0; key < limit; key += KEY_TILE) {
-    const T *k[4], *v[4], *k_next[4], *v_next[4];
-    for (int j = 0; j < KEY_TILE / BLOCK; ++j) {
-      int block = key / BLOCK + j, next = block + KEY_TILE / BLOCK;
-      if (block >= n_blocks) block = n_blocks - 1;
-      if (next >= n_blocks) next = block;
-      int64_t at = int64_t(t.table[block]) * block_size, at_next = int64_t(t.table[next]) * block_size;
-      k[j] = k_head + at, v[j] = v_head + at, k_next[j] = k_head + at_next, v_next[j] = v_head + at_next;
-    }
+    const TileBlocks<T> at(a, t, key);
+    const T *const *k = at.k, *const *v = at.v, *const *k_next = at.k_next, *const *v_next = at.v_next;
     // Keys of this tile that the last token of a panel reads.
     auto keys_of = [&](int first, int r) {
       int keys = t.position + (first + r - 1) / t.heads + 1 - key;
@@ -275,11 +326,7 @@ void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scrat
         (first ? WARM<T> : COLD<T>).values[r](p + first * KEY_TILE, v, v_next, keys, dim, run.out + first * dim);
     }
   }
-  for (int i = 0; i < rows; ++i) {
-    float* to = a.out + (t.row + i / t.heads) * a.out_stride + (t.head + i % t.heads) * dim;
-    float inverse = 1.0f / run.sum[i];
-    for (int64_t d = 0; d < dim; d += W) store(to + d, load(run.out + i * dim + d) * inverse);
-  }
+  write_out(a, t, run, rows);
 }
 
 }  // namespace

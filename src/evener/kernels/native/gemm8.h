@@ -264,6 +264,13 @@ void gemm8_panels(const Gemm8Args& a, int64_t panel, int64_t end) {
   }
 }
 
-const Int8Kernels int8_kernels = {CELL, sizeof(Input), quantize_rows, pack8_panels, unpack8_rows, gemm8_panels};
+#if defined(EVENER_DOT4)
+constexpr auto attention_int8 = attention8_tile;
+#else
+constexpr auto attention_int8 = attention_tile<int8_t>;
+#endif
+
+const Int8Kernels int8_kernels = {CELL,          sizeof(Input), quantize_rows, pack8_panels,
+                                  unpack8_rows, gemm8_panels,  attention_int8};
 
 }  // namespace

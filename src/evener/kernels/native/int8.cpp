@@ -5,7 +5,13 @@
 
 #include "narrow.h"
 
+#include "rows.h"
+
 #include "gemm.h"
+
+#include "attention.h"
+
+#include "attention8.h"
 
 #include "gemm8.h"
 

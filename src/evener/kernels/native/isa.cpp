@@ -9,9 +9,9 @@
 
 #include "gemm.h"
 
-#include "gemm8.h"
-
 #include "attention.h"
+
+#include "gemm8.h"
 
 #include "sampling.h"
 
@@ -26,7 +26,7 @@ const Kernels kernels = {
     gemm_panels<float>,
     gemm_panels<bf16>,
     int8_kernels,
-    {attention_tile<float>, attention_tile<bf16>, attention_tile<int8_t>},
+    {attention_tile<float>, attention_tile<bf16>},
     max_of,
     gumbel_best,
     noise_of,

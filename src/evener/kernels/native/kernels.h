@@ -20,7 +20,8 @@ struct NormArgs {
   float eps;
 };
 
-// What a KV cache holds. INT8: a block of a head is 16 x head_dim values, then a scale for each of its 16 tokens.
+// What a KV cache holds. INT8: a block of a head is 16 x head_dim values (rows.h says where), then a scale for each of
+// its 16 tokens.
 enum class Kv { FP32, BF16, INT8 };
 
 struct RopeArgs {
@@ -85,10 +86,11 @@ struct AttentionArgs {
 struct AttentionTile {
   const int32_t* table;
   int32_t row, tokens, position, head, heads, kv_head;
+  const AttentionTile* next;  // what this thread computes after it, to fetch its first keys in time; or nullptr
 };
 
 constexpr int64_t attention_scratch_floats(int64_t head_dim) {
-  return MAX_ROWS * (2 * head_dim + KEY_TILE + 2);
+  return MAX_ROWS * (2 * head_dim + KEY_TILE + 4);
 }
 
 struct Best {
@@ -96,12 +98,15 @@ struct Best {
   int64_t index;
 };
 
+typedef void AttentionKernel(const AttentionArgs&, const AttentionTile&, float* scratch);
+
 struct Int8Kernels {
   int cell_bytes, input_bytes;  // of an int8 cell; of a quantised input
   void (*quantize)(const QuantizeArgs&, int64_t row, int64_t end);
   void (*pack)(const Pack8Args&, int64_t panel, int64_t end);
   void (*unpack)(const int8_t* packed, const int64_t* index, int64_t rows, int64_t k, float* out);
   void (*gemm)(const Gemm8Args&, int64_t panel, int64_t end);
+  AttentionKernel* attention;  // over a KV cache in int8
 };
 
 struct Kernels {
@@ -112,8 +117,8 @@ struct Kernels {
   void (*gemm)(const GemmArgs&, int64_t panel, int64_t end);
   void (*gemm_bf16)(const GemmArgs&, int64_t panel, int64_t end);
   Int8Kernels int8;
-  // `scratch`: attention_scratch_floats, aligned to 64 bytes.
-  void (*attention[3])(const AttentionArgs&, const AttentionTile&, float* scratch);  // by Kv
+  // Over fp32 and bf16. `scratch`: attention_scratch_floats, aligned to 64 bytes.
+  AttentionKernel* attention[2];
   float (*max)(const float* x, int64_t n);
   // The best noisy score and its index, {-inf, 0} where nothing passes; see gumbel_argmax in reference.py.
   Best (*gumbel)(const float* x, int64_t n, float inv_temperature, uint32_t key_lo, uint32_t key_hi, uint32_t first,

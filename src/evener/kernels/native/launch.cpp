@@ -184,13 +184,16 @@ void attention(const AttentionArgs& a, Kv kv, const Batch& b) {
       int64_t per_tile = MAX_ROWS / n;
       for (int64_t t = 0; t < count; t += per_tile)
         tiles.push_back({table, int32_t(first + t), int32_t(std::min(per_tile, count - t)), int32_t(start + t),
-                         int32_t(h), int32_t(n), b.kv_of_head[h]});
+                         int32_t(h), int32_t(n), b.kv_of_head[h], nullptr});
       h += n;
     }
   }
+  if (threads() == 1)
+    for (size_t i = 0; i + 1 < tiles.size(); ++i) tiles[i].next = &tiles[i + 1];
   const AttentionTile* list = tiles.data();  // the vector is the caller's; helpers have their own
   int64_t floats = attention_scratch_floats(a.head_dim);
-  parallel_for(int64_t(tiles.size()), [&](int64_t i) { use().attention[int(kv)](a, list[i], scratch.at_least(floats)); });
+  AttentionKernel* kernel = kv == Kv::INT8 ? use().int8.attention : use().attention[int(kv)];
+  parallel_for(int64_t(tiles.size()), [&](int64_t i) { kernel(a, list[i], scratch.at_least(floats)); });
 }
 
 void argmax(const float* x, int64_t rows, int64_t width, int64_t stride, int64_t* index, float* value) {

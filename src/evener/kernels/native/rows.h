@@ -77,23 +77,43 @@ constexpr int64_t block_elements(int64_t dim) {
   return BLOCK * dim + (sizeof(T) == 1 ? BLOCK * 4 : 0);
 }
 
-// x [dim], the key or value of token `offset` of a block, into it: element d goes to first + d * step.
-EVENER_INLINE void write_token(const float* x, int64_t dim, float* block, int64_t, int64_t first, int64_t step) {
-  for (int64_t d = 0; d < dim; ++d) block[first + d * step] = x[d];
+// Where element d of token t is in a block, [D][16] or [16][D]; in int8 with runs of four in the other direction, as
+// integer products take them: [D / 4][16][4] (the last run is shorter where D is no multiple of 4) and [16 / 4][D][4].
+struct KeyPlaces {
+  int64_t t, dim;
+  int64_t of(int64_t d, const void*) const { return d * BLOCK + t; }
+  int64_t of(int64_t d, const int8_t*) const {
+    int64_t run = d / 4 * 4;
+    return run * BLOCK + t * (dim - run < 4 ? dim - run : 4) + d % 4;
+  }
+};
+
+struct ValuePlaces {
+  int64_t t, dim;
+  int64_t of(int64_t d, const void*) const { return t * dim + d; }
+  int64_t of(int64_t d, const int8_t*) const { return (t / 4 * dim + d) * 4 + t % 4; }
+};
+
+// x [dim], the key or value of token `offset` of a block, into it.
+template <typename Places>
+EVENER_INLINE void write_token(const float* x, int64_t dim, float* block, int64_t, Places at) {
+  for (int64_t d = 0; d < dim; ++d) block[at.of(d, block)] = x[d];
 }
 
-EVENER_INLINE void write_token(const float* x, int64_t dim, bf16* block, int64_t, int64_t first, int64_t step) {
-  for (int64_t d = 0; d < dim; ++d) block[first + d * step] = to_bf16(x[d]);
+template <typename Places>
+EVENER_INLINE void write_token(const float* x, int64_t dim, bf16* block, int64_t, Places at) {
+  for (int64_t d = 0; d < dim; ++d) block[at.of(d, block)] = to_bf16(x[d]);
 }
 
-EVENER_INLINE void write_token(const float* x, int64_t dim, int8_t* block, int64_t offset, int64_t first, int64_t step) {
+template <typename Places>
+EVENER_INLINE void write_token(const float* x, int64_t dim, int8_t* block, int64_t offset, Places at) {
   float scale = scale_of(x, dim, 127), inverse = inverse_of(scale);
   int64_t d = 0;
   for (; d + W <= dim; d += W) {
     vi q = rounded(load(x + d) * inverse);
-    EVENER_UNROLL for (int i = 0; i < W; ++i) block[first + (d + i) * step] = int8_t(q[i]);
+    EVENER_UNROLL for (int i = 0; i < W; ++i) block[at.of(d + i, block)] = int8_t(q[i]);
   }
-  for (; d < dim; ++d) block[first + d * step] = int8_t(rounded(set1(x[d] * inverse))[0]);
+  for (; d < dim; ++d) block[at.of(d, block)] = int8_t(rounded(set1(x[d] * inverse))[0]);
   __builtin_memcpy(block + BLOCK * dim + offset * 4, &scale, 4);
 }
 
@@ -113,8 +133,8 @@ void rope_rows(const RopeArgs& a, int64_t row, int64_t end) {
     T *k_to = static_cast<T*>(a.k_slab) + block, *v_to = static_cast<T*>(a.v_slab) + block;
     for (int64_t h = 0; h < a.n_kv; ++h, k_to += a.slab_head_stride, v_to += a.slab_head_stride) {
       rotate(k + h * dim, a.k_norm, a.eps, cos, sin, dim, rotated);
-      write_token(rotated, dim, k_to, offset, offset, BLOCK);
-      write_token(v + h * dim, dim, v_to, offset, offset * dim, 1);
+      write_token(rotated, dim, k_to, offset, KeyPlaces{offset, dim});
+      write_token(v + h * dim, dim, v_to, offset, ValuePlaces{offset, dim});
     }
   }
 }

@@ -82,20 +82,31 @@ typedef float quad __attribute__((vector_size(16)));
 
 // Sums and maxima over the lanes in one fixed order.
 EVENER_INLINE float hsum(vf v) {
+#if defined(__AVX512F__)
+  quad a = (quad)_mm512_castps512_ps128((__m512)v), b = (quad)_mm512_extractf32x4_ps((__m512)v, 1),
+       c = (quad)_mm512_extractf32x4_ps((__m512)v, 2), d = (quad)_mm512_extractf32x4_ps((__m512)v, 3);
+  quad t = (a + b) + (c + d);
+  return (t[0] + t[2]) + (t[1] + t[3]);
+#else
   quad q[W / 4];
   __builtin_memcpy(q, &v, sizeof v);
   quad s = q[0];
   for (int i = 1; i < W / 4; ++i) s += q[i];
   return (s[0] + s[2]) + (s[1] + s[3]);
+#endif
 }
 
 EVENER_INLINE float hmax(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   quad q[W / 4];
   __builtin_memcpy(q, &v, sizeof v);
   quad s = q[0];
   for (int i = 1; i < W / 4; ++i) s = s > q[i] ? s : q[i];
   float a = s[0] > s[2] ? s[0] : s[2], b = s[1] > s[3] ? s[1] : s[3];
   return a > b ? a : b;
+#endif
 }
 
 // 2^x for x <= 127, 0 below -126, NaN for NaN. Relative error under 2e-7: x = n + f with |f| <= 1/2, 2^f by a
