@@ -1,0 +1,87 @@
+"""How close to the hardware: prefill, decode and one stream, as shares of the rates that `evener devices` measured.
+
+    benchmarks/floor.py [--dtype int8] [--layouts 'one core,one process,tp2,dp2'] [--rounds 3]
+
+Prefill: prompts of 512 tokens, one answer token; operations of the matrices over the measured GEMM rate at 256 rows.
+Decode: 64 rows for 192 steps at contexts of 128 to 320 tokens; operations over the GEMM rate at 64 rows. One stream: a
+step reads all weights once; its bytes over the measured read bandwidth. Attention and all else count as loss: the last
+column says where the devices' time went. Rates are those of one core, times the cores.
+"""
+
+import argparse
+from statistics import median
+from typing import NamedTuple
+
+from common import markdown, save
+from evener.api import Prepared
+from evener.spec.memory import matrix_bytes
+from evener.workload.rehearse import Rehearsal
+from evener.workload.requests import TimedRequest
+from steady import engine, equal, losses, rates, run, weights
+
+PREFILL, ROWS, STEPS = 512, 64, 192
+
+
+class Case(NamedTuple):
+    """One load, and what it is measured against."""
+
+    name: str
+    requests: list[TimedRequest]
+    peak: float
+    unit: str
+
+
+def cases(prepared: Prepared, dtype: str, cores: int, replicas: int) -> list[Case]:
+    """Fresh requests, and the peak of the cores that work."""
+    measured = rates(prepared)
+
+    def gemm(rows: int) -> float:
+        return cores * 2 * rows / float(measured.gemm_ns(dtype, rows))
+
+    return [
+        Case("prefill", equal(24 * cores, PREFILL, 1), gemm(256), "GFLOP/s"),
+        Case("decode, 64 rows", equal(ROWS, 128, STEPS), gemm(ROWS // replicas), "GFLOP/s"),
+        Case("one stream", equal(1, 128, 256), measured.read_bandwidth * cores / replicas / 1e9, "GB/s"),
+    ]
+
+
+def achieved(case: Case, done: Rehearsal, prepared: Prepared, dtype: str) -> tuple[float, float]:
+    """Tokens per second, and what was achieved in the unit of the peak."""
+    layers, head = weights(prepared)
+    step_s = (done.report.tpot_ms.p50 or 0.0) / 1e3
+    if case.name == "prefill":
+        tokens = done.report.input_tokens
+        flop = 2 * (tokens * layers + len(case.requests) * head)
+        return tokens / done.report.duration_s, flop / done.report.duration_s / 1e9
+    if case.name == "one stream":
+        return 1 / step_s, (matrix_bytes(1, layers, dtype) + matrix_bytes(1, head, dtype)) / step_s / 1e9
+    return ROWS / step_s, 2 * ROWS * (layers + head) / step_s / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="int8")
+    parser.add_argument("--layouts", default="one core,one process,tp2,dp2")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    rows = []
+    for layout in (x.strip() for x in args.layouts.split(",")):
+        prepared = engine(layout, args.dtype)
+        cores, replicas = 1 if layout == "one core" else 2, len(prepared.plan.replicas)
+        found: dict[str, list[tuple[float, float]]] = {}
+        for _ in range(args.rounds):
+            for case in cases(prepared, args.dtype, cores, replicas):
+                done = run(prepared, case.requests)
+                found.setdefault(case.name, []).append(achieved(case, done, prepared, args.dtype))
+                if len(found[case.name]) == args.rounds:
+                    tokens, rate = (median(x) for x in zip(*found[case.name], strict=True))
+                    share = f"{100 * rate / case.peak:.0f}%"
+                    rows.append([layout, case.name, tokens, rate, case.peak, case.unit, share, losses(done)])
+                    print(rows[-1], flush=True)
+    table = ["layout", "case", "tok/s", "achieved", "measured peak", "unit", "share", "where the time went"]
+    print(markdown(table, rows))
+    save("floor", {"dtype": args.dtype, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
