@@ -3,8 +3,8 @@
     benchmarks/growth.py [--dtype int8] [--layout dp2] [--rows 1,4,16,64,256] [--contexts 128,1024,4096,8000]
 
 Each case decodes `--steps` tokens for every row at about that context, beside prompts computed before; rows times
-context are capped by `--most-tokens`. `cost` is device-milliseconds per token; `x model` is the time of a step over what
-the cost model, made of measured rates, says it takes.
+context are capped by `--most-tokens`. `cost` is device-milliseconds per token; `x model` is a step's time over what the
+cost model, made of measured rates, says it takes.
 """
 
 import argparse

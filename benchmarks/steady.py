@@ -1,4 +1,4 @@
-"""What the scripts on speed share: steady loads of equal requests through an engine without a server, and their figures."""
+"""What the scripts on speed share: steady loads of equal requests through an engine without a server."""
 
 from itertools import count
 from typing import Any
