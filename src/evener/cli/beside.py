@@ -9,22 +9,19 @@ from evener.workload.backtest import Line
 
 
 def print_lines(lines: Sequence[Line], others: Sequence[Line] = (), name: str = "") -> None:
-    """Predicted, achieved, error; `others`: the same figures under the plan `name`, beside those that are predicted."""
+    """Predicted, achieved, error; `others`: the same lines for the plan `name`, and their distance to the predicted."""
     shown = Table("", "predicted", "achieved", "error", box=None)
     if others:
         shown.add_column(name, overflow="fold")
         shown.add_column("change")
     for column in shown.columns[1:]:
         column.justify = "right"
-    by_what = {x.what: x for x in others}
-    for what in dict.fromkeys([*(x.what for x in lines), *by_what]):
-        line = next((x for x in lines if x.what == what), Line(what, 0.0, 0.0, share=True))
+    for k, line in enumerate(lines):
         cells = [_figure(line.predicted), _figure(line.achieved), line.shown_error]
         if others:
-            other = by_what.get(what, Line(what, 0.0, None, share=True)).predicted
-            change = Line(what, other, line.predicted, line.share)
-            cells += [_figure(other), change.shown_error]
-        shown.add_row(what, *cells)
+            change = Line(line.what, others[k].predicted, line.predicted, line.share)
+            cells += [_figure(others[k].predicted), change.shown_error]
+        shown.add_row(line.what, *cells)
     Console().print(shown)
 
 

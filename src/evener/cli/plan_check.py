@@ -41,8 +41,8 @@ def check(
             header = with_plan(traffic.header, plan)
             # What others take stays with the device.
             other = predicted(traffic._replace(header=header), recorded_costs(header), slow_downs=took)
-    lines = set_beside_in_short(said, did)
-    others = set_beside_in_short(other, did) if other is not None else []
+    lines = set_beside_in_short(said, did, [other] if other is not None else [])
+    others = set_beside_in_short(other, did, [said]) if other is not None else []
     remarks = notes(run, said, did, other, contention)
     if as_json:
         figures = _figures(run, said, did, other, lines, others, remarks)

@@ -54,7 +54,7 @@ def read_run(source: str, window: float | None, api_key: str | None) -> Run:
         raise InvalidInput(
             f"--check {source!r} is neither the URL of a server (like http://127.0.0.1:8000) nor a recorded file"
         )
-    if not any(r.finish in ("stop", "length") for r in run.traffic.requests):
+    if not any(r.finish in ("stop", "length") and r.first is not None for r in run.traffic.requests):
         when = f"in its last {window:g} s" if window is not None else "so far"
         running, failed = len(run.traffic.around), len(run.traffic.requests)
         longer = ", or give a longer --window" if window is not None else ""

@@ -242,22 +242,22 @@ def set_beside(said: Rehearsal, did: Rehearsal) -> list[Line]:
     return out + shares(said.account, did.account)
 
 
-def set_beside_in_short(said: Rehearsal, did: Rehearsal) -> list[Line]:
-    """The same without what most do not ask for."""
+def set_beside_in_short(said: Rehearsal, did: Rehearsal, also: Sequence[Rehearsal] = ()) -> list[Line]:
+    """The same without what most do not ask for; with the causes that others lost time to, so that lines match."""
     out = [Line("output tok/s", said.report.output_tok_s, did.report.output_tok_s)]
     for name, pick in (("TTFT", _ttft), ("TPOT", _tpot)):
         out += _latency(name, pick(said.report), pick(did.report), ("mean", "p50", "p90"))
-    return out + shares(said.account, did.account)
+    return out + shares(said.account, did.account, also=[r.account for r in also])
 
 
 def _latency(name: str, said: Summary, did: Summary, keys: Sequence[str]) -> list[Line]:
     return [Line(f"{name} {key}, ms", getattr(said, key), getattr(did, key)) for key in keys]
 
 
-def shares(said: Account, did: Account, least: float = 0.0005) -> list[Line]:
-    """The ledger's shares of all device time in percent; causes below `least` in both are left out."""
-    pairs: Sequence[tuple[Cause, float, float]] = [(c, said.total.share(c), did.total.share(c)) for c in Cause]
-    return [Line(f"{c.label}, %", 100 * a, 100 * b, share=True) for c, a, b in pairs if max(a, b) >= least]
+def shares(said: Account, did: Account, least: float = 0.0005, also: Sequence[Account] = ()) -> list[Line]:
+    """The ledger's shares of all device time in percent; causes below `least` in all accounts are left out."""
+    seen = [c for c in Cause if max(a.total.share(c) for a in (said, did, *also)) >= least]
+    return [Line(f"{c.label}, %", 100 * said.total.share(c), 100 * did.total.share(c), share=True) for c in seen]
 
 
 def _ttft(report: Report) -> Summary:
