@@ -172,7 +172,11 @@ def main() -> None:
         summary.append(row)
         for k, c in enumerate(candidates):
             said = try_plan(problem, c, problem.items).tokens_s
-            test = BackTest(describe_model(problem.model), c.plan.name, c.plan.devices(), said, achieved[k])
+            memory = problem.memory
+            test = BackTest(
+                describe_model(problem.model), c.plan.name, c.plan.devices(), said, achieved[k], memory.dtype,
+                memory.kv_dtype,
+            )  # fmt: skip
             keep_backtest(test)
             detail.append([s.name, c.plan.name, "+".join(c.plan.devices()), said, achieved[k], said / achieved[k] - 1])
         figures[s.name] = {"ratio_by_round": ratio, "runs": {}}

@@ -235,7 +235,8 @@ class _TokenRecorder:
     def __init__(self, engine: LiveEngine) -> None:
         self.model, self.plan = engine.model, engine.plan
         self.max_model_len, self.max_top_logprobs = engine.max_model_len, engine.max_top_logprobs
-        self.cancel, self.status, self.ledger, self.close = engine.cancel, engine.status, engine.ledger, engine.close
+        self.cancel, self.status, self.close = engine.cancel, engine.status, engine.close
+        self.ledger, self.served = engine.ledger, engine.served
         self.tokens: dict[str, list[int]] = {}
         self._engine = engine
 

@@ -11,8 +11,9 @@ from evener.engine.events import Cancelled
 from evener.errors import InvalidInput, Unavailable
 from evener.execute.live.chronicle import Chronicle
 from evener.execute.live.fleet import LiveConfig
-from evener.execute.live.record import Entry, Header, Recorder, ReplicaUp, Timing, read_record
+from evener.execute.live.record import Entry, Recorder, ReplicaUp, Timing, read_record
 from evener.execute.live.wire import Spans
+from evener.execute.served import Header
 from evener.ledger.spans import Span
 from evener.spec.cluster import Cluster, parse_device
 from evener.spec.model import ModelSpec

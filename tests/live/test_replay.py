@@ -8,7 +8,8 @@ import pytest
 from evener import LLM, SamplingParams
 from evener.brain import Brain
 from evener.engine.events import BatchDone, IssueBatch
-from evener.execute.live.record import Entry, Header, ReplicaUp, Timing, read_record
+from evener.execute.live.record import Entry, ReplicaUp, Timing, read_record
+from evener.execute.served import Header
 from evener.ledger.ledger import Ledger
 
 pytestmark = pytest.mark.slow

@@ -179,13 +179,32 @@ def test_back_tests_give_the_error_bar(folder: Path) -> None:
     from evener.plan.backtests import BackTest, backtests_path, describe_model, error_bar, keep_backtest
 
     model = make_problem(PlanOptions(model=str(folder / "config.json"), traffic="in=32,out=8")).model
-    assert error_bar(model, ("cpu:0",)) is None
+    assert error_bar(model, ("cpu:0",), "fp32", "fp32") is None
     for predicted in (90.0, 120.0, 103.0):
-        keep_backtest(BackTest(describe_model(model), "tp2", ("cpu:0", "cpu:1"), predicted, 100.0))
-    assert error_bar(model, ("cpu:0",)) is None, "another set of devices"
-    bar = error_bar(model, ("cpu:0", "cpu:1", "cpu:2"))
+        kept = BackTest(describe_model(model), "tp2", ("cpu:0", "cpu:1"), predicted, 100.0, "fp32", "fp32")
+        keep_backtest(kept)
+    assert error_bar(model, ("cpu:0",), "fp32", "fp32") is None, "another set of devices"
+    bar = error_bar(model, ("cpu:0", "cpu:1", "cpu:2"), "fp32", "fp32")
     assert bar is not None and (bar.count, round(bar.median, 6), round(bar.greatest, 6)) == (3, 0.1, 0.2)
     assert "off by 10% in the median" in run(folder, "--devices", "cpu:0 cpu:1", "--traffic", "in=32,out=8")
     backtests_path().write_text("[")
     with pytest.raises(InvalidInput, match="delete the file"):
-        error_bar(model, ("cpu:0",))
+        error_bar(model, ("cpu:0",), "fp32", "fp32")
+
+
+def test_back_tests_tell_dtypes_apart(folder: Path) -> None:
+    """An error found in one dtype says nothing of another; one that does not say its dtype says nothing at all."""
+    from evener.plan.backtests import BackTest, backtests_path, describe_model, error_bar, keep_backtest
+
+    model = make_problem(PlanOptions(model=str(folder / "config.json"), traffic="in=32,out=8")).model
+    two = ("cpu:0", "cpu:1")
+    backtests_path().parent.mkdir(parents=True)
+    old = {"model": describe_model(model), "plan": "tp2", "devices": two, "predicted_tok_s": 50, "achieved_tok_s": 10}
+    backtests_path().write_text(json.dumps([old]))
+    keep_backtest(BackTest(describe_model(model), "tp2", two, 130.0, 100.0, "int8", "bf16"))
+    assert error_bar(model, two, "fp32", "fp32") is None and error_bar(model, two, "int8", "int8") is None
+    bar = error_bar(model, two, "int8", "bf16")
+    assert bar is not None and (bar.count, round(bar.median, 6)) == (1, 0.3)
+    args = ("--devices", "cpu:0 cpu:1", "--traffic", "in=32,out=8", "--dtype", "int8")
+    assert "in int8 with bf16 KV on these devices, off by 30%" in run(folder, *args, "--kv-dtype", "bf16")
+    assert "never back-tested here in int8 with int8 KV" in run(folder, *args)

@@ -4,16 +4,22 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import cache
 
+import msgspec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from evener.brain import BrainConfig
 from evener.cost.base import BatchShape
+from evener.cost.rates import default_profile
 from evener.engine.batch import TokenLogprobs
 from evener.engine.events import Answer
 from evener.engine.request import Request
 from evener.errors import EvenerError, Unavailable
 from evener.execute.base import ReplicaStatus, Status
+from evener.execute.live.record import FORMAT
+from evener.execute.served import Header, ServedLog
 from evener.ledger.ledger import Ledger
+from evener.spec.cluster import Cluster, parse_device
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Plan, Replica, Shard, Stage
 from evener.units import Nanoseconds
@@ -72,6 +78,19 @@ class FakeCosts:
         return None
 
 
+def header_of(engine: "FakeEngine", started: int = 0) -> Header:
+    """What a live engine of this plan says of itself, with assumed speeds."""
+    devices = [parse_device("cpu:0")]
+    costs = {
+        "kind": "roofline", "version": 0, "dtype": "fp32", "kv_dtype": "fp32",
+        "profile": msgspec.to_builtins(default_profile(devices)),
+    }  # fmt: skip
+    return Header(
+        FORMAT, "test", Nanoseconds(started), engine.model, "/home/somebody/tiny", engine.plan,
+        Cluster(tuple(devices)), [100], BrainConfig(), costs,
+    )  # fmt: skip
+
+
 class FakeEngine:
     """Answers each request with `reply` token by token, then EOS, or stops at its cap.
 
@@ -98,6 +117,7 @@ class FakeEngine:
         self.closed = False
         self.down = ""
         self.kept: Ledger | None = Ledger(self.plan, FakeCosts(), start=Nanoseconds(0))
+        self.log = ServedLog(header_of(self), keep=8)
         self._reply = reply
         self._delay_s = delay_s
         self._refuse = refuse
@@ -185,6 +205,10 @@ class FakeEngine:
         if self.kept is None:
             raise Unavailable("this server keeps no ledger; start it without --no-ledger")
         return self.kept
+
+    def served(self) -> ServedLog:
+        """What it was told."""
+        return self.log
 
     async def close(self) -> None:
         """Nothing to free."""

@@ -1,6 +1,5 @@
 """`evener ledger` against a server whose ledger was told a short story."""
 
-import asyncio
 import functools
 import json
 import os
@@ -8,39 +7,16 @@ import pty
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake import EOS, MODEL, FakeEngine, tiny_tokenizer
+from fake import FakeEngine
 from ledger_story import told_engine
-
-from evener.serve.app import create_app
-from evener.serve.front import FrontConfig
-from evener.serve.server import run
+from serving import serve
 
 pytestmark = pytest.mark.slow  # a process for every command
-
-
-def serve(engine: FakeEngine, key: str | None = None) -> Iterator[str]:
-    """The URL of a server in a thread."""
-    config = FrontConfig(served_model_names=(MODEL,), eos_token_ids=(EOS,), api_key=key)
-    app = create_app(engine, tiny_tokenizer(), config)
-    stop, up, ports = asyncio.Event(), threading.Event(), []
-    loops = []
-
-    async def main() -> None:
-        loops.append(asyncio.get_running_loop())
-        await run(app, port=0, stop=stop, ready=lambda port: (ports.append(port), up.set()))
-
-    thread = threading.Thread(target=lambda: asyncio.run(main()))
-    thread.start()
-    assert up.wait(20)
-    yield f"http://127.0.0.1:{ports[0]}"
-    loops[0].call_soon_threadsafe(stop.set)
-    thread.join(20)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from evener.cost.rates import bind, default_profile
 from evener.cost.roofline import RooflineCostModel
 from evener.cost.work import PlanWork
 from evener.engine.events import Command, Event
-from evener.execute.live.record import FORMAT, Entry, Header, Recorder, ReplicaUp, Timing
+from evener.execute.live.record import FORMAT, Entry, Recorder, ReplicaUp, Timing
+from evener.execute.served import Header
 from evener.execute.sim.body import Simulator
 from evener.execute.sim.traffic import Failure, Outcome, SimRequest
 from evener.ledger.ledger import Ledger

@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.console import Console
 from rich.live import Live
 
 from evener.cli.ledger_view import account_view, request_view
-from evener.errors import InvalidInput, Unavailable
+from evener.cli.server import Server
+from evener.errors import InvalidInput
 
 LIVE_WINDOW_S = 30.0
 
@@ -44,15 +44,15 @@ def ledger(
         asked["window"] = str(window)
     if request is not None:
         asked["request"] = request
-    server = _Server(url, api_key)
+    server = Server(url, api_key)
     if trace is not None:
-        _write(trace, server.get({**asked, "trace": "1"}))
+        _write(trace, server.get("/ledger", {**asked, "trace": "1"}))
     elif as_json:
-        body = server.get(asked)
+        body = server.get("/ledger", asked)
         print(json.dumps(body["requests"] if request is not None else body, indent=1))
     elif request is not None:
         console = Console()
-        for found in server.get(asked)["requests"]:
+        for found in server.get("/ledger", asked)["requests"]:
             console.print(request_view(found, console.width))
     elif once or not sys.stdout.isatty():
         console = Console()
@@ -61,53 +61,15 @@ def ledger(
         _follow(server, {"window": str(LIVE_WINDOW_S), **asked}, every)
 
 
-class _Server:
-    """Asks one server for its ledger."""
-
-    def __init__(self, url: str, api_key: str | None) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        if not self.url.startswith(("http://", "https://")):
-            raise InvalidInput(f"{url!r} is no URL of a server; write it like http://127.0.0.1:8000")
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        try:
-            self._client = httpx.Client(headers=headers, timeout=10.0)
-            httpx.URL(self.url)
-        except (httpx.InvalidURL, ValueError, UnicodeError) as error:
-            raise InvalidInput(f"{url!r} is no URL of a server ({error}); write it like http://host:8000") from error
-
-    def get(self, asked: dict[str, str]) -> Any:
-        """What /ledger answers. Raises Unavailable or InvalidInput with the remedy."""
-        try:
-            reply = self._client.get(f"{self.url}/ledger", params=asked)
-            body = reply.json()
-        except httpx.HTTPError as error:
-            raise Unavailable(
-                f"no answer from {self.url} ({error or type(error).__name__}); is `evener serve` running there?"
-            ) from error
-        except ValueError:
-            raise Unavailable(f"{self.url}/ledger does not answer JSON; is it an Evener server?") from None
-        if reply.status_code == 200:
-            return body
-        detail = body.get("error") if isinstance(body, dict) else None
-        message = detail.get("message") if isinstance(detail, dict) else None
-        if reply.status_code == 404 and not (message or "").startswith("request"):
-            raise Unavailable(f"{self.url} has no ledger (404); is it an Evener server of this version?")
-        if reply.status_code == 401:
-            raise InvalidInput(f"{self.url} asks for an API key; give it with --api-key or EVENER_API_KEY")
-        if reply.status_code == 400:
-            raise InvalidInput(f"{self.url}: {message}")
-        raise Unavailable(f"{self.url} answers {reply.status_code}: {message or reply.reason_phrase}")
-
-
-def _view(server: _Server, asked: dict[str, str], width: int) -> Any:
-    body = server.get(asked)
+def _view(server: Server, asked: dict[str, str], width: int) -> Any:
+    body = server.get("/ledger", asked)
     span = (
         f"the last {body['window_s']:.0f} s" if "window" in asked else f"all {body['window_s']:.0f} s since the start"
     )
     return account_view(body, f"{server.url}, {span}", width)
 
 
-def _follow(server: _Server, asked: dict[str, str], every: float) -> None:
+def _follow(server: Server, asked: dict[str, str], every: float) -> None:
     console = Console()
     view = _view(server, asked, console.width)  # a server that is not there is an error, not an empty screen
     try:

@@ -24,6 +24,7 @@ from evener.planning import DEFAULT_TRAFFIC, PlanOptions, make_problem
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(help="Directory, .gguf file, hub id or config.json. Default: the installed SmolLM2.",
@@ -58,7 +59,29 @@ def plan(
     ] = None,
     what_if: Annotated[
         Path | None,
-        typer.Option(help="What this plan (YAML) would do on the traffic, beside the choice.", show_default=False),
+        typer.Option(
+            help="What this plan (YAML) would do on the traffic, beside the choice, or with --check beside what ran.",
+            show_default=False,
+        ),
+    ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL|FILE", help="Plan nothing: set beside what a running server (or a recording) achieved what is "
+            "predicted for its plan on the same traffic.", show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        float | None,
+        typer.Option(help="--check: requests that ended in the last so many seconds.",
+                     show_default="all that the server keeps"),
+    ] = None,
+    with_contention: Annotated[
+        bool,
+        typer.Option("--with-contention", help="--check: take as known what other processes took from the devices."),
+    ] = False,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="EVENER_API_KEY", show_envvar=True, help="--check: sent as a bearer token.")
     ] = None,
     size: Annotated[
         bool, typer.Option("--size", help="How many devices of each kind the rate and objective take.")
@@ -70,6 +93,16 @@ def plan(
     as_json_: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:  # fmt: skip
     """Choose the layout that suits these devices and this traffic, and say why."""
+    if check is not None:
+        _refuse_beside_check(_given(context))
+        from evener.cli.plan_check import check as check_run
+
+        check_run(check, window, what_if, with_contention, api_key, as_json_)
+        return
+    if _given(context) & {"window", "with_contention", "api_key"}:
+        raise InvalidInput(
+            "--window, --with-contention and --api-key are for --check; give the URL of a server with it"
+        )
     options = PlanOptions(
         model=model,
         cluster=cluster,
@@ -124,3 +157,17 @@ def plan(
         typer.echo(json.dumps(choice_json(problem, choice, more, launches, output), indent=1))
     else:
         show_choice(problem, choice, more, launches, output)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """Parameters that were said on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _refuse_beside_check(given: set[str]) -> None:
+    """A check takes model, devices and traffic from the run itself."""
+    others = sorted(given - {"check", "window", "what_if", "with_contention", "api_key", "as_json_"})
+    if others:
+        names = ", ".join(name.replace("_", "-") for name in others)
+        raise InvalidInput(f"--check takes model, devices and traffic from what was served; leave out {names}")

@@ -9,16 +9,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from evener.cli.beside import print_lines
 from evener.cost.base import CostModel
 from evener.cost.rates import bind, default_profile
 from evener.cost.roofline import RooflineCostModel
 from evener.errors import InvalidInput
-from evener.execute.live.record import Header
+from evener.execute.served import Header
 from evener.ledger.account import Account
 from evener.ledger.causes import Cause
 from evener.ledger.verdict import verdict
 from evener.profile.store import load_profile
-from evener.workload.backtest import Line, achieved, others_took, predicted, read_traffic, set_beside
+from evener.workload.backtest import achieved, others_took, predicted, read_traffic, set_beside
 from evener.workload.bars import plot_ledgers
 from evener.workload.calibrate import observe
 from evener.workload.replay import recorded_costs, recorded_kv_dtype
@@ -144,14 +145,3 @@ def print_account(account: Account) -> None:
     console.print(shown)
     for line in verdict(account).text():
         console.print(line, markup=False, highlight=False)
-
-
-def print_lines(lines: list[Line]) -> None:
-    """Predicted, achieved, error."""
-    shown = Table("", "predicted", "achieved", "error", box=None)
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for line in lines:
-        cells = ("-" if v is None else f"{v:.1f}" for v in (line.predicted, line.achieved))
-        shown.add_row(line.what, *cells, line.shown_error)
-    Console().print(shown)

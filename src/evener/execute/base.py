@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from evener.engine.events import Answer
 from evener.engine.request import Request
+from evener.execute.served import ServedLog
 from evener.ledger.ledger import Ledger
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Plan
@@ -73,6 +74,10 @@ class Engine(Protocol):
 
     def ledger(self) -> Ledger:
         """Where every device-second went, up to now. Raises Unavailable when none is kept."""
+        ...
+
+    def served(self) -> ServedLog:
+        """What runs, and the lengths and times of the newest requests; kept with or without a ledger."""
         ...
 
     async def close(self) -> None:

@@ -26,6 +26,10 @@ class BackTest(Struct, frozen=True):
     devices: tuple[str, ...]
     predicted_tok_s: float
     achieved_tok_s: float
+    dtype: str = ""
+    """Of the weights; empty in comparisons kept before it was written down, which then count for none."""
+    kv_dtype: str = ""
+    """Of the KV cache."""
 
     @property
     def error(self) -> float:
@@ -34,7 +38,7 @@ class BackTest(Struct, frozen=True):
 
 
 class ErrorBar(Struct, frozen=True):
-    """Of the absolute errors of throughput on these devices."""
+    """Of the absolute errors of throughput on these devices, in these dtypes."""
 
     count: int
     median: float
@@ -72,8 +76,12 @@ def keep_backtest(test: BackTest, path: Path | None = None) -> None:
     fresh.replace(path)
 
 
-def error_bar(model: ModelSpec, devices: tuple[str, ...], path: Path | None = None) -> ErrorBar | None:
-    """Errors of earlier predictions for this model over these devices or some of them; None when there are none."""
-    name, mine = describe_model(model), set(devices)
-    errors = [abs(t.error) for t in read_backtests(path) if t.model == name and set(t.devices) <= mine]
+def error_bar(
+    model: ModelSpec, devices: tuple[str, ...], dtype: str, kv_dtype: str, path: Path | None = None
+) -> ErrorBar | None:
+    """Errors of earlier predictions for this model in these dtypes over these devices or some of them; None when there
+    are none."""
+    what, mine = (describe_model(model), dtype, kv_dtype), set(devices)
+    tests = [t for t in read_backtests(path) if (t.model, t.dtype, t.kv_dtype) == what and set(t.devices) <= mine]
+    errors = [abs(t.error) for t in tests]
     return ErrorBar(len(errors), median(errors), max(errors)) if errors else None

@@ -96,15 +96,17 @@ def gains(found: Sequence[Gain]) -> list[str]:
 
 
 def error_line(problem: Problem) -> str:
-    """How far predictions on these devices were off, or that they were never compared."""
+    """How far predictions on these devices in these dtypes were off, or that they were never compared."""
     if any(d.host != "localhost" for d in problem.cluster.devices):
         return "Error: never back-tested here (devices of other hosts)"
-    bar = error_bar(problem.model, tuple(d.name for d in problem.cluster.devices))
+    memory = problem.memory
+    bar = error_bar(problem.model, tuple(d.name for d in problem.cluster.devices), memory.dtype, memory.kv_dtype)
+    formats = f"{memory.dtype} with {memory.kv_dtype} KV"
     if bar is None:
-        return "Error: never back-tested here"
+        return f"Error: never back-tested here in {formats}"
     return (
-        f"Error: throughput was predicted {bar.count} times for this model on these devices, off by {bar.median:.0%} "
-        f"in the median, {bar.greatest:.0%} at most"
+        f"Error: throughput was predicted {bar.count} times for this model in {formats} on these devices, off by "
+        f"{bar.median:.0%} in the median, {bar.greatest:.0%} at most"
     )
 
 

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evener.errors import Unauthorized, Unavailable
 from evener.execute.base import Engine
-from evener.serve import chat, completions, errors, health, ledger, metrics, models, tokenize
+from evener.serve import chat, completions, errors, health, ledger, metrics, models, served, tokenize
 from evener.serve.front import VERSION, Front, FrontConfig
 from evener.serve.metrics import Metrics
 from evener.serve.vocabulary import Tokenizer
@@ -42,7 +42,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: FrontConfig) -> Fas
     # The interactive pages load scripts from the network; the document itself stays.
     app = FastAPI(title="Evener", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     errors.install(app)
-    for room in (completions, chat, models, tokenize, health, ledger):
+    for room in (completions, chat, models, tokenize, health, ledger, served):
         app.include_router(room.router(front))
     app.include_router(metrics.router(front.metrics))
     app.add_middleware(Gate, api_key=config.api_key, metrics=front.metrics)

@@ -1,7 +1,6 @@
 """GET /ledger: where every device-second went, in any window; where requests' latency went."""
 
 import asyncio
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +8,7 @@ from fastapi import APIRouter, Request
 from msgspec import Struct, structs
 from starlette.responses import Response
 
-from evener.errors import InvalidRequest, UnsupportedParameter
+from evener.errors import InvalidRequest
 from evener.ledger.account import Account
 from evener.ledger.export import chrome_trace
 from evener.ledger.ledger import Ledger
@@ -17,6 +16,7 @@ from evener.ledger.requests import RequestAccount
 from evener.ledger.verdict import Verdict, verdict
 from evener.serve.errors import json_response
 from evener.serve.front import Front
+from evener.serve.query import declare_parameters, parameters, seconds_of
 from evener.serve.wire import declare, ref
 from evener.units import NS_PER_S, Nanoseconds, ns
 
@@ -73,16 +73,9 @@ def router(front: Front) -> APIRouter:
     """The endpoint."""
     routes = APIRouter()
     described = declare(LedgerView)
-    described["openapi_extra"] = {
-        "parameters": [
-            {"name": name, "in": "query", "required": False, "description": text, "schema": {"type": "string"}}
-            for name, text in PARAMETERS.items()
-        ]
-    }
+    declare_parameters(described, PARAMETERS)
     trace = {"type": "object", "properties": {"traceEvents": {"type": "array"}}, "required": ["traceEvents"]}
     described["responses"][200]["content"]["application/json"]["schema"] = {"anyOf": [ref(LedgerView), trace]}
-    described["responses"][400] = described["responses"][401]
-    described["responses"][503] = described["responses"][500]
 
     @routes.get("/ledger", **described)
     async def ledger(request: Request) -> Response:
@@ -108,15 +101,7 @@ def router(front: Front) -> APIRouter:
 
 
 def _parameters(request: Request) -> dict[str, str]:
-    given: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        if name not in PARAMETERS:
-            raise UnsupportedParameter(
-                f"parameter {name[:64]!r} is unknown; /ledger takes {', '.join(PARAMETERS)}", name[:64]
-            )
-        if name in given:
-            raise InvalidRequest(f"{name} is given twice; give it once", name)
-        given[name] = value
+    given = parameters(request, "/ledger", PARAMETERS)
     if "window" in given and ("since" in given or "until" in given):
         raise InvalidRequest("window excludes since and until; give one or the other", "window")
     return given
@@ -124,20 +109,10 @@ def _parameters(request: Request) -> dict[str, str]:
 
 def _window(given: dict[str, str], kept: Ledger) -> tuple[Nanoseconds | None, Nanoseconds | None]:
     if "window" in given:
-        return Nanoseconds(kept.now - ns(_seconds(given, "window"))), None
-    since = Nanoseconds(kept.start + ns(_seconds(given, "since"))) if "since" in given else None
-    until = Nanoseconds(kept.start + ns(_seconds(given, "until"))) if "until" in given else None
+        return Nanoseconds(kept.now - ns(seconds_of(given, "window"))), None
+    since = Nanoseconds(kept.start + ns(seconds_of(given, "since"))) if "since" in given else None
+    until = Nanoseconds(kept.start + ns(seconds_of(given, "until"))) if "until" in given else None
     return since, until
-
-
-def _seconds(given: dict[str, str], name: str) -> float:
-    try:
-        value = float(given[name])
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1e9:
-        raise InvalidRequest(f"{name}={given[name][:64]!r} is no number of seconds from 0 to 1e9", name)
-    return value
 
 
 def _flag(given: dict[str, str], name: str) -> bool:

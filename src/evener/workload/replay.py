@@ -14,7 +14,8 @@ from evener.cost.roofline import RooflineCostModel
 from evener.cost.work import PlanWork
 from evener.engine.events import Command, IssueBatch
 from evener.errors import InvalidInput
-from evener.execute.live.record import Entry, Header, Kept, Timing, read_record
+from evener.execute.live.record import Entry, Kept, Timing, read_record
+from evener.execute.served import Header
 from evener.ledger.ledger import Ledger
 from evener.units import NS_PER_S
 

@@ -1,4 +1,5 @@
-"""What a live run writes down: the recording, for replay, and the ledger. Neither may break serving."""
+"""What a live run writes down: the recording, for replay, the ledger, and the lengths of the newest requests. None of
+them may break serving."""
 
 import sys
 import time
@@ -12,8 +13,9 @@ from evener.engine.events import Command, Event
 from evener.errors import Unavailable
 from evener.execute.live.feed import LedgerFeed
 from evener.execute.live.fleet import LiveConfig
-from evener.execute.live.record import FORMAT, Entry, Header, Kept, Recorder, ReplicaUp, Timing
+from evener.execute.live.record import FORMAT, Entry, Kept, Recorder, ReplicaUp, Timing
 from evener.execute.live.wire import Spans
+from evener.execute.served import Header, ServedLog
 from evener.ledger.ledger import Ledger
 from evener.ledger.work import Work
 from evener.spec.cluster import Cluster
@@ -25,6 +27,8 @@ KEEP_SPANS = 4000
 """Newest spans of each device that a trace shows; about 3 MiB."""
 KEEP_TRACED = 1000
 """The same where each has a hundred segments or more."""
+KEEP_REQUESTS = 4096
+"""Newest requests whose lengths and times are known; about 2 MiB."""
 
 
 class Chronicle:
@@ -41,6 +45,8 @@ class Chronicle:
         self._failure = ""
         """Why the recording stopped, if it did."""
         self._recorder = Recorder(Path(config.record)) if config.record else None
+        self.served: ServedLog | None = None
+        """Since `begin`."""
         self.feed: LedgerFeed | None = None
         if config.ledger:
             keep = KEEP_TRACED if config.trace_segments else KEEP_SPANS
@@ -50,23 +56,25 @@ class Chronicle:
         self, model: ModelSpec, cluster: Cluster, kv_blocks: list[int], brain: BrainConfig, costs: dict[str, Any]
     ) -> None:
         """Say what runs."""
-        self._keep(
-            Header(
-                format=FORMAT,
-                evener=version("evener"),
-                started=self.started,
-                model=model,
-                model_name=self._config.model_path,
-                plan=self._plan,
-                cluster=cluster,
-                kv_blocks=kv_blocks,
-                brain=brain,
-                costs=costs,
-            )
+        header = Header(
+            format=FORMAT,
+            evener=version("evener"),
+            started=self.started,
+            model=model,
+            model_name=self._config.model_path,
+            plan=self._plan,
+            cluster=cluster,
+            kv_blocks=kv_blocks,
+            brain=brain,
+            costs=costs,
         )
+        self.served = ServedLog(header, KEEP_REQUESTS)
+        self._keep(header)
 
     def step(self, now: Nanoseconds, event: Event, commands: list[Command]) -> None:
         """The brain consumed an event. The ledger hears of it from the brain itself."""
+        if self.served is not None:
+            self.served.step(now, event, commands)
         if self._recorder is not None:
             self._keep(Entry(now, event, commands))
 

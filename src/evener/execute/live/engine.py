@@ -45,6 +45,7 @@ from evener.execute.live.launch import SocketDir, WorkerProcess
 from evener.execute.live.transport.segment import Segment
 from evener.execute.live.watch import FailureWatch
 from evener.execute.live.wire import Done, Lost, Ready, Spans, Stop, Work, decode_from_worker, encode
+from evener.execute.served import ServedLog
 from evener.ledger.ledger import Ledger
 from evener.ledger.work import Work as PlanWork
 from evener.spec.cluster import Cluster
@@ -242,6 +243,11 @@ class LiveEngine:
     def ledger(self) -> Ledger:
         """See Engine."""
         return self.chronicle.ledger()
+
+    def served(self) -> ServedLog:
+        """See Engine."""
+        assert self.chronicle.served is not None, "the engine has started"
+        return self.chronicle.served
 
     # ---- events in, commands out ------------------------------------------------------------------------------
 

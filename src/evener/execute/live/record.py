@@ -1,46 +1,23 @@
 """Records a live run: every event with its time and the commands it gave, in consumption order (law 4), and the spans.
 
 The file is a sequence of msgpack records, each after its length as four little-endian bytes. The first is a `Header`,
-which says all that a fresh brain needs; `Entry` and `Timing` follow as they came.
+which says all that a fresh brain needs (`evener.execute.served`); `Entry` and `Timing` follow as they came.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from evener.brain import BrainConfig
 from evener.engine.events import Command, Event
 from evener.errors import InvalidInput
+from evener.execute.served import Header
 from evener.ledger.spans import Span
-from evener.spec.cluster import Cluster
-from evener.spec.model import ModelSpec
-from evener.spec.plan import Plan
 from evener.units import Nanoseconds
 
 FORMAT = 2
 """Of the file; raised with every change that an older reader would misunderstand."""
-
-
-class Header(Struct, frozen=True, array_like=True, tag="header"):
-    """What ran."""
-
-    format: int
-    evener: str
-    """Version that wrote it."""
-    started: Nanoseconds
-    """Of the ledger: loading counts from here. The clock of all times in the file (the host's monotonic clock)."""
-    model: ModelSpec
-    model_name: str
-    plan: Plan
-    cluster: Cluster
-    kv_blocks: list[int]
-    """Per replica."""
-    brain: BrainConfig
-    costs: dict[str, Any]
-    """Identity of the cost model and what it was made from (see `evener.api`); the replayed one must be equal."""
 
 
 class Entry(Struct, frozen=True, array_like=True, tag="step"):
