@@ -45,6 +45,13 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+def _give_back_memory() -> None:
+    """Return what loading took and freed to the system (glibc keeps it otherwise: as much as the weights again)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class Loaded(NamedTuple):
     """A worker that can run batches."""
 
@@ -70,6 +77,7 @@ def load(config: WorkerConfig) -> Loaded:
         open_model(config.model), config.spec, stage, shard, first_stage=first, last_stage=last, rank=config.rank,
         dtype=_TORCH_DTYPE[config.dtype], device="cpu", max_position=config.max_model_len,
     )  # fmt: skip
+    _give_back_memory()
     kv = model.allocate_kv(config.kv_blocks, _TORCH_DTYPE[config.kv_dtype])
     pace = Pace(device.slowdown)
     spans: SpanMaker | None = None
