@@ -33,7 +33,7 @@ from evener.ledger.spans import HoldKind, Journal, Milestone
 from evener.router.candidates import CLOSELY, Candidates
 from evener.router.choose import Router, make_router
 from evener.router.lengths import LengthEstimator
-from evener.router.load import load_of, rows_of
+from evener.router.load import decode_left_at, load_of, rows_of
 from evener.spec.plan import Plan
 from evener.units import NS_PER_S, Nanoseconds
 
@@ -220,15 +220,18 @@ class Brain:
                 if self.touch is not None:
                     self.touch(replica.index, False)
                 self._learn_from_running(replica)
-            loads = [load_of(r, seq, self.lengths) for r in among]
+            loads = [load_of(r, seq) for r in among]
         else:
             loads = [rows_of(r) for r in among]
         done = seq.target - seq.request.prompt_len
         left = self.lengths.expected_remaining(done, max(done, seq.request.max_tokens))
-        chosen = self.replicas[self.router.choose(seq.target, left, loads, self.costs)]
+        chosen = self.replicas[self.router.choose(seq.target, left, loads, self.costs, self._decode_left)]
         if self._candidates is not None and home is not None:
             self._candidates.served(home, chosen.index)
         return chosen
+
+    def _decode_left(self, index: int) -> float:
+        return decode_left_at(self.replicas[index], self.lengths)
 
     def _living(self) -> list[ReplicaEngine]:
         if self._alive_without != len(self.down):

@@ -281,7 +281,7 @@ class RooflineCostModel:
         if sharers is not None:
             shards[:, 1] = shards[:, 0] * (sharers - 1) // sharers
             shards[:, 0] -= shards[:, 1]
-        return DecodeRun(host, busy, np.broadcast_to(shards, (ranks, 4, steps)) if st.alike else shards)
+        return DecodeRun(host, busy, shards.repeat(ranks, axis=0) if len(shards) < ranks else shards)
 
     def delay_ns(self, replica: int, stage: int) -> Nanoseconds:
         """Declared delay of the pipe out of a stage."""
