@@ -264,11 +264,12 @@ class Brain:
 
         Two tokens may be in flight and not yet known to have followed; the simulator knows no more either.
         """
-        steps = sum([g.steps for g in replica.groups])
+        groups = replica.groups
+        steps = groups[0].steps if len(groups) == 1 else sum([g.steps for g in groups])
         if steps < self._lessons[replica.index]:
             return
         self._lessons[replica.index] = steps + _TELL_EVERY // 4
-        for group in replica.groups:
+        for group in groups:
             for seq in group.rows.values():
                 known = seq.output_length - 2
                 if known >= seq.told + _TELL_EVERY:

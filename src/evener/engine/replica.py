@@ -99,12 +99,16 @@ class ReplicaEngine:
 
         At most one successor of a group's running batch is queued.
         """
-        ready = [g for g in self.groups if g.size and g.in_flight < 2]
+        groups = self.groups
+        if len(groups) == 1:
+            group = groups[0]
+            return group if group.in_flight < 2 and group.size else None
+        ready = [g for g in groups if g.size and g.in_flight < 2]
         return min(ready, key=lambda g: (g.in_flight, g.last_batch, g.group_id)) if ready else None
 
     def prefilling(self) -> list[Sequence]:
         """Admitted sequences with prompt left, in order."""
-        return [s for s in self._prefilling if s.left > 0]
+        return [s for s in self._prefilling if s.left > 0] if self._prefilling else []
 
     def waiting_rows(self) -> int:
         """Sequences that hold nothing yet."""
@@ -139,7 +143,10 @@ class ReplicaEngine:
 
     def prefill_tokens_left(self) -> int:
         """Prompt tokens waiting or partly done."""
-        return self.waiting.tokens + sum(s.left for s in self._prefilling)
+        tokens = self.waiting.tokens
+        for seq in self._prefilling:
+            tokens += seq.target - seq.computed
+        return tokens
 
     def prefill_tokens_ready(self) -> int:
         """Prompt tokens that could be computed now: partly done ones, and waiting ones for which there is room."""
@@ -164,7 +171,7 @@ class ReplicaEngine:
 
         None if nobody waits or no slot is free; a Hold if blocks are short.
         """
-        if not self._free_slots:
+        if not self._free_slots or not self.waiting.rows:
             return None
         seq = self.waiting.first()
         if seq is None:
@@ -345,9 +352,10 @@ class ReplicaEngine:
         self.late_rows = record.late
         if record.group is not None:
             record.group.in_flight -= 1
-        for slot, entries in result.prompt_logprobs.items():
-            if self.active[slot].first_answer:
-                self.active[slot].prompt_logprobs.extend(entries)
+        if result.prompt_logprobs:
+            for slot, entries in result.prompt_logprobs.items():
+                if self.active[slot].first_answer:
+                    self.active[slot].prompt_logprobs.extend(entries)
         answers = self._with_tokens(record, result) if result.tokens is not None else self._lengths_only(record, result)
         self._release_completed()
         return answers
@@ -437,7 +445,7 @@ class ReplicaEngine:
         return answers
 
     def _lengths_only(self, record: InFlight, result: BatchResult) -> list[Answer]:
-        answers = []
+        answers: list[Answer] = []
         for slot, count in result.ended:
             seq = self.active[slot]
             if seq.state is not State.DONE:
@@ -445,6 +453,8 @@ class ReplicaEngine:
         for seq in record.capped:
             if seq.state is not State.DONE:
                 answers.append(self._counted(seq, seq.request.max_tokens, "length"))
+        if not record.shape.chunks:
+            return answers
         for seq in record.rows[record.shape.decode_rows :]:
             if seq.first_answer and seq.state is not State.DONE:
                 answers.append(self._counted(seq, 1, None))
@@ -494,8 +504,9 @@ class ReplicaEngine:
             heapq.heappush(self._limbo, (seq.last_batch, seq.order, seq))
 
     def _release_completed(self) -> None:
-        while self._limbo and self._limbo[0][0] <= self._completed:
-            self._release(heapq.heappop(self._limbo)[2])
+        limbo = self._limbo
+        while limbo and limbo[0][0] <= self._completed:
+            self._release(heapq.heappop(limbo)[2])
 
     def _release(self, seq: Sequence) -> None:
         self.pool.release(seq.blocks)

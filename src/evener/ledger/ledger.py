@@ -103,7 +103,8 @@ class Ledger:
 
     def request(self, request_id: str, replica: int, now: Nanoseconds, what: Milestone, tokens: int) -> None:
         """A request reached a milestone."""
-        self.now = max(self.now, now)
+        if now > self.now:
+            self.now = now
         self._requests.tell(request_id, Step(what, now, replica, tokens))
         if what == Milestone.FIRST_TOKEN:
             return

@@ -135,7 +135,7 @@ class Simulator:
     def run(self) -> list[Outcome]:
         """Until nothing is left to happen. The outcomes, in order of arrival (none with `on_end`)."""
         while self.pending:
-            self.advance()
+            self._advance()
         if self._ledger is not None:
             self._ledger.settle(self.now)
         return [] if self._on_end is not None else list(self.outcomes.values())
@@ -151,6 +151,9 @@ class Simulator:
     def advance(self) -> list[Command]:
         """The next event (`pending` must be true), and what the brain made of it. Skipped steps give no commands."""
         assert self.pending
+        return self._advance()
+
+    def _advance(self) -> list[Command]:
         upcoming, heap = self._next, self._heap
         self.events += 1
         if upcoming is not None and (not heap or upcoming.arrival <= heap[0].at):
