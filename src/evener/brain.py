@@ -270,8 +270,9 @@ class Brain:
             return
         self._lessons[replica.index] = steps + _TELL_EVERY // 4
         for group in groups:
-            for seq in group.rows.values():
-                known = seq.output_length - 2
+            at = group.steps - 2
+            for seq, (lead, _) in zip(group.rows.values(), group.leads(), strict=True):
+                known = lead + at
                 if known >= seq.told + _TELL_EVERY:
                     self.lengths.advance(seq.told, known)
                     seq.told = known
