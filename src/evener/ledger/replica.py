@@ -188,12 +188,16 @@ class ReplicaBook:
 
     def _account(self, book: DeviceBook, span: Span, record: BatchRecord) -> None:
         series = book.series
-        began, ended = span.began, span.ended
-        if began != series.until:
-            self._gap(book, span, record)
-        if ended >= series.mark and ended - began >= series.every:
-            series.checkpoint()
         totals = series.totals
+        began, ended, free = span.began, span.ended, series.until
+        due = ended >= series.mark
+        if began != free:
+            if record.issued > free or due or span.idle_contended or book.trace.maxlen or began < free:
+                self._gap(book, span, record)
+            else:  # nearly always: it was issued and not handed over
+                totals[_HOST] += began - free
+        if due and ended - began >= series.every:
+            series.checkpoint()
         compute = span.compute
         if compute:
             pure = record.pure
@@ -202,7 +206,8 @@ class ReplicaBook:
             else:
                 self._divide(book, span, record)
         contended, straggler, transfer, bubble = span.contended, span.straggler, span.transfer, span.bubble
-        rest = ended - began - compute
+        length = ended - began
+        rest = length - compute
         if contended:
             totals[_CONTENDED] += contended
             rest -= contended
@@ -225,25 +230,26 @@ class ReplicaBook:
         book.last_batch = span.batch_id
         repeat = span.repeat
         shape = record.made_of.shape
+        rows, prompt = shape.decode_rows, shape.prefill_tokens
         totals[CPU] += span.cpu
         totals[BATCHES] += repeat
         totals[SPANS] += 1
-        busy = ended - began - bubble
+        busy = length - bubble
         totals[BUSY] += busy
         busy >>= SPREAD_SHIFT
-        totals[SPREAD] += busy * busy if repeat == 1 else busy * busy // repeat
-        if shape.decode_rows:
-            totals[DECODE_ROWS] += shape.decode_rows * repeat
+        totals[SPREAD] += busy * busy // repeat
+        if rows:
+            totals[DECODE_ROWS] += rows * repeat
             totals[DECODE_STEPS] += repeat
-        if shape.prefill_tokens:
-            totals[PREFILL_TOKENS] += shape.prefill_tokens
+        if prompt:
+            totals[PREFILL_TOKENS] += prompt
         if span.traffic:
             book.count_links(span, size_class(shape))
         if book.trace.maxlen:
             book.trace.append(TracedSpan(span, record.made_of))
         if book.peak is not None:
             self._count_work(book, span, record)
-        if ended >= series.mark:
+        if due and ended >= series.mark:
             series.checkpoint()
 
     def _gap(self, book: DeviceBook, span: Span, record: BatchRecord) -> None:
