@@ -126,6 +126,10 @@ class Ledger:
         """A device reports a batch; one device's spans come in order."""
         self._replicas[span.replica].span(span)
 
+    def stage_span(self, span: Span) -> None:
+        """All devices of a stage report that they did this, as `span` would be told for each."""
+        self._replicas[span.replica].stage_span(span)
+
     def up(self, replica: int, now: Nanoseconds) -> None:
         """Loading (or mending) is over."""
         self.now = max(self.now, now)

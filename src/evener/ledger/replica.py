@@ -5,7 +5,12 @@ descheduled (`contended`), or the batch was not handed over (`host`). Before: th
 KV blocks (`kv_starved`) or by its policy (`held`); the batch before is still at another stage (`bubble`), or at a
 slower peer of the last stage (`straggler`); requests are unfinished here (`host`), or wait elsewhere (`imbalance`);
 nothing is asked for (`no_demand`).
+
+In a simulation the devices of an equally split stage do the same, batch after batch. As long as all its batches are
+reported for the whole of it (`stage_span`), its devices share one series, and each batch is accounted for once.
 """
+
+from msgspec import structs
 
 from evener.cost.base import CostModel
 from evener.ledger import makeup
@@ -74,6 +79,15 @@ class ReplicaBook:
         self._newest = -1
         self._last_stage = len(stages) - 1
         self._forget_at = 256
+        self._kept: list[DeviceBook] = []
+        """Books that are accounted for: of a stage whose devices share a series, the first."""
+        for stage in stages:
+            first = stage[0]
+            if all(book.peak == first.peak and not book.trace.maxlen for book in stage):
+                first.stands_for = len(stage)
+                for book in stage:
+                    book.series, book.links = first.series, first.links
+            self._kept += stage[: len(stage) // first.stands_for]
 
     # ---- facts ------------------------------------------------------------------------------------------------
 
@@ -97,7 +111,7 @@ class ReplicaBook:
         record.done, record.late = now, late_rows
         record.pure = makeup.pure_cause(record.made_of, late_rows)
         if record.after >= 0:
-            for book in self.devices:
+            for book in self._kept:
                 if book.pending:
                     self._drain(book)
 
@@ -119,6 +133,8 @@ class ReplicaBook:
 
     def down(self, now: Nanoseconds, reason: str) -> None:
         """See Journal. What a device did in vain since its last whole span counts as down."""
+        for stage in range(len(self.stages)):
+            self._part(stage)
         lost = next((r for r in self.records.values() if r.done < 0), None)
         for book in self.devices:
             self._close(book, now, lost)
@@ -141,16 +157,50 @@ class ReplicaBook:
 
     def span(self, span: Span) -> None:
         """A device reports a batch."""
+        if self.stages[span.stage][0].stands_for > 1:
+            self._part(span.stage)
+        self._report(span, 1)
+
+    def stage_span(self, span: Span) -> None:
+        """All devices of a stage report that they did this; the rank does not matter."""
+        books = self.stages[span.stage]
+        if books[0].stands_for == len(books) > 1 and self._same_work(span):
+            self._report(span, len(books))
+            return
+        for rank in range(len(books)):
+            self.span(structs.replace(span, rank=rank))
+
+    def _same_work(self, span: Span) -> bool:
+        """Every device of the stage has as many operations and bytes to do in this batch."""
+        work, record, ranks = self._work, self.records.get(span.batch_id), len(self.stages[span.stage])
+        if work is None or record is None:
+            return True
+        of = [work.of(self.index, span.stage, rank, record.made_of.shape) for rank in range(ranks)]
+        return of.count(of[0]) == ranks
+
+    def _part(self, stage: int) -> None:
+        """From here on every device of a stage is accounted for by itself."""
+        first, *others = self.stages[stage]
+        if first.stands_for > 1:
+            first.stands_for = 1
+            for book in others:
+                book.series, book.links = first.series.copy(), dict(first.links)
+                book.last_batch = first.last_batch
+                book.pending.extend(first.pending)
+            self._kept = [book for books in self.stages for book in books[: len(books) // books[0].stands_for]]
+
+    def _report(self, span: Span, devices: int) -> None:
+        """So many devices report a batch."""
         record = self.records.get(span.batch_id)
         if record is None:
             assert span.batch_id <= self._newest, f"span of batch {span.batch_id}, which was never issued: {span}"
-            self.late_spans += 1
+            self.late_spans += devices
             return
         stage = span.stage
-        book = self.stages[stage][span.rank]
+        book = self.stages[stage][span.rank if devices == 1 else 0]
         book.pending.append((span, record))
         if stage == self._last_stage:
-            record.left -= 1
+            record.left -= devices
             if span.ended > record.end:
                 record.end = span.ended
             following = record.next
@@ -158,7 +208,7 @@ class ReplicaBook:
                 following.after = record.end
                 record.next = None
                 if following.done >= 0:  # it waited to hear of this end
-                    for other in self.devices:
+                    for other in self._kept:
                         self._drain(other)
                     return
         if record.done >= 0:
@@ -169,7 +219,7 @@ class ReplicaBook:
         if self.records:
             return
         after = self._last.end if self._last is not None else 0
-        for book in self.devices:
+        for book in self._kept:
             self._explain(book, now, after)
 
     # ---- inside -----------------------------------------------------------------------------------------------
@@ -182,7 +232,7 @@ class ReplicaBook:
                 return
             pending.popleft()
             self._account(book, span, record)
-            record.todo -= 1
+            record.todo -= book.stands_for
             if record.todo == 0:
                 del self.records[span.batch_id]
 

@@ -14,19 +14,15 @@ The ledger is told of the steps between as one span with `repeat`.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from evener.brain import Brain
 from evener.cost.base import BatchShape, DecodeRun
 from evener.engine.batch import BatchResult
-from evener.execute.sim.pipeline import Flight, Pipeline, make_span
+from evener.execute.sim.pipeline import ALL, Flight, Pipeline, SpanLedger, make_span, tell
 from evener.ledger.spans import MakeUp, Span
 from evener.units import Nanoseconds
-
-if TYPE_CHECKING:
-    from evener.execute.sim.body import SpanLedger
 
 LEAST = 4
 """Steps; for fewer, a run costs more than it saves."""
@@ -84,7 +80,7 @@ class Runs:
     """The runs of all replicas: at most one each."""
 
     def __init__(
-        self, brain: Brain, pipelines: list[Pipeline], ledger: "SpanLedger | None", never: Collection[int] = ()
+        self, brain: Brain, pipelines: list[Pipeline], ledger: SpanLedger | None, never: Collection[int] = ()
     ) -> None:
         """`never`: replicas whose times may change at any moment."""
         self._brain = brain
@@ -190,7 +186,7 @@ class Runs:
         group.ready = pipeline.free[0] = run.ends[run.at + 1]
 
     def _tell(
-        self, ledger: "SpanLedger", index: int, run: _Run, one: Flight, two: Flight, spans: list[Span], first_id: int
+        self, ledger: SpanLedger, index: int, run: _Run, one: Flight, two: Flight, spans: list[Span], first_id: int
     ) -> None:
         """Issues, spans and results of the steps 0 .. at - 1, in the order in which stepping tells them."""
         count = run.at
@@ -202,8 +198,7 @@ class Runs:
             ledger.issued(index, first_id + step, Nanoseconds(run.done(step)), MakeUp(shape))
 
         def done(flight: Flight) -> None:
-            for span in flight.spans:
-                ledger.span(span)
+            tell(ledger, flight.spans)
             ledger.done(index, flight.result.batch_id, Nanoseconds(flight.done), 0)
 
         between = count - 2
@@ -213,8 +208,7 @@ class Runs:
             return
         done(two)
         if between:
-            for span in spans:
-                ledger.span(span)
+            tell(ledger, spans)
             issued(between)
             ledger.done(index, first_id, Nanoseconds(run.done(count - 1)), 0)
         issued(count - 1)
@@ -225,12 +219,13 @@ class Runs:
         for first, after, parts in zip(cuts[:-1], cuts[1:], run.parts(cuts), strict=True):
             began, ended = run.ends[first + 2] - int(run.busy[first]), run.ends[after + 1]
             spans = []
-            for rank, (compute, contended, straggler, transfer) in enumerate(parts):
+            alike = parts.count(parts[0]) == len(parts) > 1
+            for rank, (compute, contended, straggler, transfer) in enumerate(parts[:1] if alike else parts):
                 host = ended - began - compute - contended - straggler - transfer
                 spans.append(
                     make_span(
-                        index, 0, rank, run.epoch, first_id + first, began, ended, compute, compute, contended,
-                        straggler, transfer, 0, 0, after - first, host,
+                        index, 0, ALL if alike else rank, run.epoch, first_id + first, began, ended, compute, compute,
+                        contended, straggler, transfer, 0, 0, after - first, host,
                     )
                 )  # fmt: skip
             out.append(spans)
