@@ -124,21 +124,22 @@ class OwnTimes(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """What is the same for all decode steps of one stage with so many rows. Arrays have a row per shard, or one row
-    where all shards are alike."""
+    """What is the same for all decode steps of one stage with so many rows. Arrays have a row per shard."""
 
     host: int
     transfer: int
     fixed: int
     """Of the stage, without attention and `host`."""
+    block: float
+    key_ns: float
+    rest: int
+    """Of the first shard: its attention block, time per key, and what it computes besides at most."""
     blocks: Floats
-    key_ns: Floats
-    slowest: tuple[Floats, Floats] | None
-    """`blocks` and `key_ns` of the shards that the stage may wait for; None: of all."""
-    rest: NDArray[np.int64]
-    """What each shard computes by itself besides attention."""
-    sharers: NDArray[np.int64] | None
-    """None: every worker has its own core."""
+    keys_ns: Floats
+    rests: NDArray[np.int64]
+    """Of all shards, where they are not alike."""
+    slowest: tuple[Floats, Floats]
+    """`blocks` and `keys_ns` of the shards that the stage may wait for."""
 
 
 class _StageTables:
@@ -146,7 +147,7 @@ class _StageTables:
 
     __slots__ = (
         "alike", "by_rows", "by_sampled", "chunk_ns", "host_ns", "moving_rows", "moving_sampled", "own",
-        "pipe_delay_ns", "shards", "steps",
+        "pipe_delay_ns", "sharing", "shards", "steps",
     )  # fmt: skip
 
     def __init__(
@@ -195,6 +196,8 @@ class _StageTables:
             self.own.append(OwnTimes(*attention, _table(of_rows), _table(of_sampled), chunk_ns, cost.sharers))
         self.alike = all(own == self.own[0] for own in self.own)
         """Every shard takes as long as the first: an equal split over equal devices."""
+        self.sharing = any(own.sharers > 1 for own in self.own)
+        """Some workers share a core."""
         self.steps: dict[int, _Steps] = {}
         """By rows, as they are asked for."""
         self.chunk_ns = max(round(CHUNK_OPS * c.rates.op_ns * c.stretch) for c in costs)
@@ -258,30 +261,28 @@ class RooflineCostModel:
         known = st.steps.get(rows)
         if known is None:
             known = st.steps[rows] = _steps(st, rows)
-        host, transfer, fixed, blocks, key_ns, slowest, rest, sharers = known
-        if fixed < transfer:  # rounding ate the whole of a stage that computes next to nothing
+        if known.fixed < known.transfer:  # rounding ate the whole of a stage that computes next to nothing
             return stepwise_run(self, replica, stage, rows, context, steps)
         # The same operations on the same doubles as in `_stage_ns`, so that no nanosecond differs.
-        keys = (context + rows * np.arange(steps)).astype(np.float64)
-        attention = (blocks + key_ns * keys).astype(np.int64)
-        if slowest is None:
-            longest = attention[0] if st.alike else attention.max(axis=0)
+        keys = np.arange(context, context + rows * steps, rows, dtype=np.float64)
+        shards = np.zeros((len(st.own), 4, steps), dtype=np.int64)
+        shards[:, 3] = known.transfer
+        if st.alike:
+            attention = (known.block + known.key_ns * keys).astype(np.int64)
+            busy = attention + known.fixed
+            shards[:, 0] = attention + known.rest
+            shards[:, 2] = known.fixed - known.transfer - known.rest
         else:
-            longest = (slowest[0] + slowest[1] * keys).max(axis=0).astype(np.int64)
-        busy = longest + fixed
-        ranks = len(st.own)
-        shards = np.zeros((len(blocks), 4, steps), dtype=np.int64)
-        shards[:, 3] = transfer
-        slow = busy - transfer
-        if ranks == 1:
-            shards[0, 0] = slow
-        else:
-            np.minimum(attention + rest, slow, out=shards[:, 0])
+            of_each = (known.blocks + known.keys_ns * keys).astype(np.int64)
+            busy = (known.slowest[0] + known.slowest[1] * keys).max(axis=0).astype(np.int64) + known.fixed
+            slow = busy - known.transfer
+            np.minimum(of_each + known.rests, slow, out=shards[:, 0])
             np.subtract(slow, shards[:, 0], out=shards[:, 2])
-        if sharers is not None:
+        if st.sharing:
+            sharers = np.array([[own.sharers] for own in st.own])
             shards[:, 1] = shards[:, 0] * (sharers - 1) // sharers
             shards[:, 0] -= shards[:, 1]
-        return DecodeRun(host, busy, shards.repeat(ranks, axis=0) if len(shards) < ranks else shards)
+        return DecodeRun(known.host, busy, shards)
 
     def delay_ns(self, replica: int, stage: int) -> Nanoseconds:
         """Declared delay of the pipe out of a stage."""
@@ -367,22 +368,22 @@ def _stage_ns(st: _StageTables, shape: BatchShape) -> int:
 
 
 def _steps(st: _StageTables, rows: int) -> _Steps:
-    shape = BatchShape(decode_rows=rows, sampled_rows=rows)
-    unlike = st.own[:1] if st.alike else st.own
     waited_for = [(_at(table, rows), key_ns) for table, _, key_ns in st.shards]
-    blocks, key_ns = _column([_at(own.attention, rows) for own in unlike]), _column([own.key_ns for own in unlike])
-    slowest = None
-    if not st.alike and len(waited_for) < len(unlike):
-        slowest = _column([block for block, _ in waited_for]), _column([key_ns for _, key_ns in waited_for])
+    rests = [_at(own.by_rows, rows) + _at(own.by_sampled, rows) for own in st.own]
+    transfer = _at(st.moving_rows, rows) + _at(st.moving_sampled, rows)
+    fixed = _stage_ns(st, BatchShape(decode_rows=rows, sampled_rows=rows)) - st.host_ns
+    fixed -= max(block for block, _ in waited_for)
     return _Steps(
         host=st.host_ns,
-        transfer=_at(st.moving_rows, rows) + _at(st.moving_sampled, rows),
-        fixed=_stage_ns(st, shape) - max(block for block, _ in waited_for) - st.host_ns,
-        blocks=blocks,
-        key_ns=key_ns,
-        slowest=slowest,
-        rest=np.array([[_at(own.by_rows, rows) + _at(own.by_sampled, rows)] for own in unlike]),
-        sharers=np.array([[own.sharers] for own in unlike]) if any(own.sharers > 1 for own in unlike) else None,
+        transfer=transfer,
+        fixed=fixed,
+        block=float(_at(st.own[0].attention, rows)),
+        key_ns=st.own[0].key_ns,
+        rest=fixed - transfer if len(rests) == 1 else min(rests[0], fixed - transfer),
+        blocks=_column([_at(own.attention, rows) for own in st.own]),
+        keys_ns=_column([own.key_ns for own in st.own]),
+        rests=np.array([[rest] for rest in rests]),
+        slowest=(_column([block for block, _ in waited_for]), _column([key_ns for _, key_ns in waited_for])),
     )
 
 
@@ -411,7 +412,7 @@ def _shards_ns(st: _StageTables, shape: BatchShape) -> list[ShardTime]:
         contended = slow * (own[0].sharers - 1) // own[0].sharers
         return [_shard_time((host, slow - contended, contended, 0, moving))]
     pairs, keys, chunks = shape.prefill_pairs, shape.decode_context, shape.chunks
-    out = []
+    out: list[ShardTime] = []
     for block, pair_ns, key_ns, by_rows, by_sampled, chunk_ns, sharers in own[:1] if st.alike else own:
         if inside:
             compute = int(block[rows] + pair_ns * pairs + key_ns * keys) + by_rows[rows] + by_sampled[sampled]

@@ -112,7 +112,13 @@ class ReplicaBook:
         record.pure = makeup.pure_cause(record.made_of, late_rows)
         if record.after >= 0:
             for book in self._kept:
-                if book.pending:
+                pending = book.pending
+                if len(pending) == 1 and pending[0][1] is record:  # nearly always
+                    self._account(book, pending.popleft()[0], record)
+                    record.todo -= book.stands_for
+                    if record.todo == 0:
+                        del self.records[batch_id]
+                elif pending:
                     self._drain(book)
 
     def state(self, now: Nanoseconds, hold: HoldKind, unfinished: bool, short_of_kv: bool) -> None:

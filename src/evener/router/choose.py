@@ -129,14 +129,19 @@ class LeastWork:
         if costs is not self._costs:
             self._costs, self._steps = costs, {}
         steps, output = self._steps, max(1.0, output_tokens)
+        prompts: dict[int, BatchShape] = {}
         bounds: list[tuple[int, int, int, ReplicaLoad]] = []
         for load in alive:
-            step = steps.get(load.replica)
+            replica, cached = load.replica, load.cached_prefix_tokens
+            step = steps.get(replica)
             if step is None:
-                step = steps[load.replica] = costs.latency_ns(load.replica, _ONE_ROW)
-            alone = _prefill_alone(prompt_len, load, costs)
+                step = steps[replica] = costs.latency_ns(replica, _ONE_ROW)
+            prompt = prompts.get(cached)
+            if prompt is None:
+                prompt = prompts[cached] = _own_prompt(prompt_len, cached)
+            alone: int = costs.batch_ns(replica, prompt)
             # No prediction is shorter than this one: costs do not fall when there is more to do.
-            bounds.append((alone * (1 + load.running_rows) + round(step * output), load.replica, alone, load))
+            bounds.append((alone * (1 + load.running_rows) + round(step * output), replica, alone, load))
         bounds.sort()
         best: tuple[int, float, int, int] | None = None
         for bound, replica, alone, load in bounds:
@@ -171,20 +176,14 @@ def predict(prompt_len: int, output_tokens: float, load: ReplicaLoad, costs: Cos
     much earlier, at most the slots); a missing slot or missing KV blocks wait for the rows that hold them. *Delay*: its
     prefill holds up the running rows, and one row more makes every step that it shares with another longer.
     """
-    alone = _prefill_alone(prompt_len, load, costs)
+    alone = costs.batch_ns(load.replica, _own_prompt(prompt_len, load.cached_prefix_tokens))
     return _predict(prompt_len, max(1.0, output_tokens), load, load.decode_tokens_left, alone, costs)
 
 
-def _own_work(prompt_len: int, load: ReplicaLoad) -> tuple[int, int]:
-    """Prompt tokens that are not cached, and their (query, key) pairs."""
-    own = max(1, prompt_len - load.cached_prefix_tokens)
-    return own, own * (prompt_len - own) + own * (own + 1) // 2
-
-
-def _prefill_alone(prompt_len: int, load: ReplicaLoad, costs: CostModel) -> int:
-    """Nanoseconds of the request's own prompt, with nothing ahead of it."""
-    own, pairs = _own_work(prompt_len, load)
-    return costs.batch_ns(load.replica, BatchShape(own, pairs, sampled_rows=1, chunks=1))
+def _own_prompt(prompt_len: int, cached: int) -> BatchShape:
+    """The prompt tokens of a request that are not cached, as one chunk."""
+    own = max(1, prompt_len - cached)
+    return BatchShape(own, own * (prompt_len - own) + own * (own + 1) // 2, sampled_rows=1, chunks=1)
 
 
 def _predict(
@@ -194,11 +193,11 @@ def _predict(
     prefill = prefill_own
     present, slots = load.rows, load.max_rows
     if load.prefill_tokens_left:
-        own, pairs = _own_work(prompt_len, load)
+        own = _own_prompt(prompt_len, load.cached_prefix_tokens)
         prompts = load.waiting_rows + 1
         queue = BatchShape(
-            prefill_tokens=load.prefill_tokens_left + own,
-            prefill_pairs=load.prefill_pairs_left + pairs,
+            prefill_tokens=load.prefill_tokens_left + own.prefill_tokens,
+            prefill_pairs=load.prefill_pairs_left + own.prefill_pairs,
             chunks=prompts,
             sampled_rows=prompts,
         )

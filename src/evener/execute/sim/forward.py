@@ -62,8 +62,9 @@ class _Run:
 
     def parts(self, cuts: list[int]) -> list[list[list[int]]]:
         """Between cuts, by rank: compute, contended, straggler and transfer of steps [cuts[k], cuts[k + 1]) summed."""
-        sums: list[list[list[int]]] = np.add.reduceat(self.shards[:, :, : cuts[-1]], cuts[:-1], axis=2).tolist()
-        return [[[part[k] for part in shard] for shard in sums] for k in range(len(cuts) - 1)]
+        sums = np.add.reduceat(self.shards[:, :, : cuts[-1]], cuts[:-1], axis=2)
+        out: list[list[list[int]]] = sums.transpose(2, 0, 1).tolist()
+        return out
 
 
 def _one_by_one(own: Sequence[int], before: int, handing: int) -> list[int]:
@@ -191,27 +192,26 @@ class Runs:
         """Issues, spans and results of the steps 0 .. at - 1, in the order in which stepping tells them."""
         count = run.at
 
-        def issued(step: int, repeat: int = 1) -> None:
-            # The context in the middle of the steps, for what the ledger counts by shape.
-            keys = run.context + run.rows * step + run.rows * (repeat - 1) // 2
-            shape = BatchShape(decode_rows=run.rows, decode_context=keys, sampled_rows=run.rows)
-            ledger.issued(index, first_id + step, Nanoseconds(run.done(step)), MakeUp(shape))
-
-        def done(flight: Flight) -> None:
-            tell(ledger, flight.spans)
-            ledger.done(index, flight.result.batch_id, Nanoseconds(flight.done), 0)
-
         between = count - 2
-        done(one)
-        issued(0, max(1, between))
+        tell(ledger, one.spans)
+        ledger.done(index, one.result.batch_id, Nanoseconds(one.done), 0)
+        self._issued(ledger, index, run, 0, first_id, max(1, between))
         if count == 1:
             return
-        done(two)
+        tell(ledger, two.spans)
+        ledger.done(index, two.result.batch_id, Nanoseconds(two.done), 0)
         if between:
             tell(ledger, spans)
-            issued(between)
+            self._issued(ledger, index, run, between, first_id)
             ledger.done(index, first_id, Nanoseconds(run.done(count - 1)), 0)
-        issued(count - 1)
+        self._issued(ledger, index, run, count - 1, first_id)
+
+    def _issued(self, ledger: SpanLedger, index: int, run: _Run, step: int, first_id: int, repeat: int = 1) -> None:
+        rows = run.rows
+        # The context in the middle of the steps, for what the ledger counts by shape.
+        keys = run.context + rows * step + rows * (repeat - 1) // 2
+        made_of = MakeUp(BatchShape(0, 0, rows, keys, rows))
+        ledger.issued(index, first_id + step, Nanoseconds(run.done(step)), made_of)
 
     def _spans(self, index: int, run: _Run, cuts: list[int], first_id: int) -> list[list[Span]]:
         """What each shard of the stage does between these steps."""
