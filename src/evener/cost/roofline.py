@@ -147,7 +147,7 @@ class _StageTables:
 
     __slots__ = (
         "alike", "by_rows", "by_sampled", "chunk_ns", "host_ns", "moving_rows", "moving_sampled", "own",
-        "pipe_delay_ns", "sharing", "shards", "steps",
+        "pipe_delay_ns", "shards", "sharing", "steps",
     )  # fmt: skip
 
     def __init__(

@@ -89,6 +89,8 @@ class ReplicaEngine:
         self._running = 0
         self._prefilling: list[Sequence] = []
         self._limbo: list[tuple[int, int, Sequence]] = []
+        self._capped: list[Sequence] = []
+        """Rows that sample their last token in the last step skipped."""
         self._next_batch = 0
         self._completed = -1
 
@@ -293,8 +295,9 @@ class ReplicaEngine:
     def steady_steps(self, most: int) -> int:
         """How many of the next batches (up to `most`) are plain decode steps of the present rows, as far as known here.
 
-        Those in flight are such steps already. True ends, arrivals and cancellations may end that earlier, and are for
-        the caller to see. 0 where that cannot be said, though it may be so.
+        In the last of them rows may sample their last token. Those in flight are plain steps already. True ends,
+        arrivals and cancellations may end that earlier, and are for the caller to see. 0 where that cannot be said,
+        though it may be so.
         """
         group = self.groups[0]
         if (
@@ -308,7 +311,7 @@ class ReplicaEngine:
         for record in self.in_flight:
             if record.rows is not rows or record.capped:
                 return 0
-        steps = min(most, group.steps_to_cap())
+        steps = min(most, group.steps_to_cap() + 1)
         available = self.pool.available
         if available < len(rows) * (1 + steps // self.config.block_tokens):
             while steps and sum(len(of) * count for of, count in group.blocks_of(steps)) > available:
@@ -327,18 +330,29 @@ class ReplicaEngine:
             else:
                 for k, seq in enumerate(rows.values()):
                     seq.blocks += blocks[k * count : (k + 1) * count]
+        before = min(steps, group.steps_to_cap())
         self._next_batch += steps
         self._completed += steps
-        group.advance(self._next_batch - 1, steps)
+        group.advance(self._next_batch - 1, before)
+        if before < steps:  # the last one
+            self._capped = group.last_tokens()
+            group.advance(self._next_batch - 1)
+            for seq in self._capped:
+                group.remove(seq)
+                seq.state = State.DRAINING
 
     def land(self) -> int:
         """After `skip`: the two steps issued last are in flight. The number of the first of them."""
         group = self.groups[0]
-        rows, n = group.snapshot(), len(group.rows)
+        rows = self.in_flight[-1].rows
+        n, context = len(rows), group.context
+        capped, self._capped = self._capped, []
+        for seq in capped:
+            context += seq.length
         self.in_flight.clear()
         for back in (2, 1):
-            shape = BatchShape(decode_rows=n, decode_context=group.context - n * back, sampled_rows=n)
-            record = InFlight(self._next_batch - back, group, rows, [], shape, MakeUp(shape))
+            shape = BatchShape(decode_rows=n, decode_context=context - n * back, sampled_rows=n)
+            record = InFlight(self._next_batch - back, group, rows, capped if back == 1 else [], shape, MakeUp(shape))
             record.step = group.steps - back + 1
             self.in_flight.append(record)
         self.late_rows = 0

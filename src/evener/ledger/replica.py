@@ -276,9 +276,11 @@ class ReplicaBook:
         if bubble:
             totals[_BUBBLE] += bubble
             rest -= bubble
-        if span.host:
+        busy = length - bubble
+        if span.host:  # between the steps of a span there was no batch in hand
             totals[_HOST] += span.host
             rest -= span.host
+            busy -= span.host
         if rest:
             assert rest > 0, f"the parts of a span are {-rest} ns longer than it: {span}"
             totals[_UNATTRIBUTED] += rest
@@ -290,7 +292,6 @@ class ReplicaBook:
         totals[CPU] += span.cpu
         totals[BATCHES] += repeat
         totals[SPANS] += 1
-        busy = length - bubble
         totals[BUSY] += busy
         busy >>= SPREAD_SHIFT
         totals[SPREAD] += busy * busy // repeat

@@ -1,9 +1,9 @@
 """Fast-forward (law 9): runs of decode steps in which nothing can change skip the brain.
 
 A run begins when both batches in flight at a replica are plain decode steps of the same rows and its engine knows that
-the next `n` would be the same (`ReplicaEngine.steady_steps`: no row samples its last token, KV blocks suffice, nobody
-who waits could be admitted). It is bounded by the first true end too, which is known to the body alone. The times of
-all its steps follow from the cost model at once.
+the next `n` would be the same (`ReplicaEngine.steady_steps`: no row samples its last token before the last of them, KV
+blocks suffice, nobody who waits could be admitted). It is bounded by the first true end too, which is known to the body
+alone. The times of all its steps follow from the cost model at once.
 
 Whoever reads the replica in between makes the brain catch up with the results that it would have seen by then
 (`catch_up`), and the run goes on; whoever changes it ends the run (`stop`): the last two steps are then in flight as
