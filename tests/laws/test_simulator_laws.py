@@ -11,6 +11,7 @@ from tests.laws.traffic import AlikeCosts, Case, cases, make_ledger, make_plan, 
 from evener.brain import Brain, BrainConfig
 from evener.cost.base import BatchShape
 from evener.engine.replica import ReplicaEngine
+from evener.engine.sequence import State
 from evener.execute.sim.body import Failure, Simulator, SlowDown
 from evener.ledger.book import BATCHES, BUSY, CPU, DECODE_ROWS, DECODE_STEPS, PREFILL_TOKENS
 from evener.ledger.causes import N_CAUSES, Cause
@@ -174,6 +175,27 @@ def test_law_9_state_in_between(case: Case) -> None:
                 if fast._runs is not None and fast._runs.running(a.index):
                     del one["in_flight"], two["in_flight"]
                 assert one == two
+
+
+def test_law_9_last_tokens() -> None:
+    """A run may end with the step in which rows sample their last token; they are seen to drain as in stepping."""
+    slow, fast = make_simulator(STEADY), make_simulator(STEADY, fast=True)
+    runs = fast._runs
+    assert runs is not None
+    drained = at = 0
+    while slow.pending:
+        at += 1_000_000
+        run_until(slow, at)
+        run_until(fast, at)
+        for replica, other in zip(slow.brain.replicas, fast.brain.replicas, strict=True):
+            one, two = state_of(replica), state_of(other)
+            if runs.running(other.index):
+                runs.catch_up(other.index, at, False, 0)
+                two = state_of(other)
+                drained += any(seq.state is State.DRAINING for seq in other.active.values())
+                del one["in_flight"], two["in_flight"]
+            assert one == two
+    assert drained > 10
 
 
 def test_fast_forward_skips_most_steps() -> None:
