@@ -33,7 +33,7 @@ from evener.ledger.spans import HoldKind, Journal, Milestone
 from evener.router.candidates import CLOSELY, Candidates
 from evener.router.choose import Router, make_router
 from evener.router.lengths import LengthEstimator
-from evener.router.load import load_of, rows_of
+from evener.router.load import decode_left_at, load_of, rows_of
 from evener.spec.plan import Plan
 from evener.units import NS_PER_S, Nanoseconds
 
@@ -220,15 +220,18 @@ class Brain:
                 if self.touch is not None:
                     self.touch(replica.index, False)
                 self._learn_from_running(replica)
-            loads = [load_of(r, seq, self.lengths) for r in among]
+            loads = [load_of(r, seq) for r in among]
         else:
             loads = [rows_of(r) for r in among]
         done = seq.target - seq.request.prompt_len
         left = self.lengths.expected_remaining(done, max(done, seq.request.max_tokens))
-        chosen = self.replicas[self.router.choose(seq.target, left, loads, self.costs)]
+        chosen = self.replicas[self.router.choose(seq.target, left, loads, self.costs, self._decode_left)]
         if self._candidates is not None and home is not None:
             self._candidates.served(home, chosen.index)
         return chosen
+
+    def _decode_left(self, index: int) -> float:
+        return decode_left_at(self.replicas[index], self.lengths)
 
     def _living(self) -> list[ReplicaEngine]:
         if self._alive_without != len(self.down):
@@ -261,13 +264,15 @@ class Brain:
 
         Two tokens may be in flight and not yet known to have followed; the simulator knows no more either.
         """
-        steps = sum([g.steps for g in replica.groups])
+        groups = replica.groups
+        steps = groups[0].steps if len(groups) == 1 else sum([g.steps for g in groups])
         if steps < self._lessons[replica.index]:
             return
         self._lessons[replica.index] = steps + _TELL_EVERY // 4
-        for group in replica.groups:
-            for seq in group.rows.values():
-                known = seq.output_length - 2
+        for group in groups:
+            at = group.steps - 2
+            for seq, (lead, _) in zip(group.rows.values(), group.leads(), strict=True):
+                known = lead + at
                 if known >= seq.told + _TELL_EVERY:
                     self.lengths.advance(seq.told, known)
                     seq.told = known

@@ -4,12 +4,20 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
-from tests.laws.traffic import Case, cases, make_ledger, make_simulator, make_traffic
+from hypothesis import strategies as st
+from msgspec import structs
+from tests.laws.traffic import AlikeCosts, Case, cases, make_ledger, make_plan, make_simulator, make_traffic
 
+from evener.brain import Brain, BrainConfig
+from evener.cost.base import BatchShape
 from evener.engine.replica import ReplicaEngine
-from evener.execute.sim.body import Simulator
+from evener.engine.sequence import State
+from evener.execute.sim.body import Failure, Simulator, SlowDown
+from evener.ledger.book import BATCHES, BUSY, CPU, DECODE_ROWS, DECODE_STEPS, PREFILL_TOKENS
 from evener.ledger.causes import N_CAUSES, Cause
 from evener.ledger.ledger import Ledger
+from evener.ledger.spans import Span
+from evener.units import Nanoseconds
 
 law = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -17,10 +25,14 @@ STEADY = Case(1, "fcfs", 1, 2, 400, 12, False, False, 2, "long")
 """Long answers, so that there are runs to skip."""
 
 
+COUNTED = (*range(N_CAUSES), BATCHES, CPU, DECODE_ROWS, DECODE_STEPS, PREFILL_TOKENS, BUSY)
+"""What does not depend on how many steps a span covers."""
+
+
 def totals(ledger: Ledger) -> dict[str, list[int]]:
-    """Device -> nanoseconds by cause."""
+    """Device -> nanoseconds by cause, and counters."""
     return {
-        book.device: list(book.series.totals[:N_CAUSES])
+        book.device: [book.series.totals[k] for k in COUNTED]
         for replica in ledger._replicas
         for stage in replica.stages
         for book in stage
@@ -37,8 +49,54 @@ def test_law_2_ledger_closes(case: Case) -> None:
         simulator = make_simulator(case, ledger=ledger, fast=fast)
         simulator.run()
         for device, causes in totals(ledger).items():
-            assert sum(causes) == simulator.now, device
+            assert sum(causes[:N_CAUSES]) == simulator.now, device
             assert causes[Cause.UNATTRIBUTED] == 0 and min(causes) >= 0, (device, causes)
+
+
+class OneByOne(Ledger):
+    """Hears of every device by itself."""
+
+    def stage_span(self, span: Span) -> None:
+        for rank in range(len(self.plan.replicas[span.replica].stages[span.stage].shards)):
+            self.span(structs.replace(span, rank=rank))
+
+
+class Work:
+    """Rank 1 of replica 1 has more to do."""
+
+    def of(self, replica: int, stage: int, rank: int, shape: BatchShape) -> tuple[float, float]:
+        return 1e9 * shape.tokens * (1 + rank * replica), 1e6 * shape.decode_context
+
+    def peak(self, device: str) -> tuple[float, float]:
+        return 1e12, 1e10
+
+
+@law
+@given(cases, st.booleans(), st.booleans(), st.sampled_from([None, Nanoseconds(20_000_000)]))
+@example(STEADY, True, True, None)
+def test_law_2_a_stage_is_its_devices(case: Case, slows: bool, works: bool, every: Nanoseconds | None) -> None:
+    """Devices that do the same are accounted for once, until one does not: the account is that of telling each."""
+    costs = AlikeCosts(case.stages, 3)
+    plan = make_plan(case.stages, case.replicas, 3)
+    slow_downs = [SlowDown(plan.devices()[-1], Nanoseconds(150_000_000), 1.5)] if slows else []
+    failures = [Failure("d0.0", Nanoseconds(400_000_000))] if case.fails and case.replicas > 1 else []
+    accounts = []
+    for kind in (Ledger, OneByOne):
+        work = Work() if works else None
+        ledger = kind(plan, costs, start=Nanoseconds(0), work=work, resolution=every)
+        brain = Brain(plan, [case.kv_blocks] * case.replicas, costs, BrainConfig(case.policy, max_num_seqs=8), ledger)
+        simulator = Simulator(brain, costs, make_traffic(case), failures, 200_000, slow_downs=slow_downs, ledger=ledger)
+        simulator.run()
+        accounts.append(ledger.account())
+        if every is not None:
+            accounts[-1] = (
+                accounts[-1],
+                ledger.account(Nanoseconds(simulator.now // 3), Nanoseconds(simulator.now // 2)),
+            )
+        shared = [book.stands_for for r in ledger._replicas for book in r._kept]
+        if kind is Ledger and not (slows or works or failures):
+            assert set(shared) == {3}  # else the law would be empty
+    assert accounts[0] == accounts[1]
 
 
 def state_of(replica: ReplicaEngine) -> dict[str, Any]:
@@ -119,6 +177,27 @@ def test_law_9_state_in_between(case: Case) -> None:
                 assert one == two
 
 
+def test_law_9_last_tokens() -> None:
+    """A run may end with the step in which rows sample their last token; they are seen to drain as in stepping."""
+    slow, fast = make_simulator(STEADY), make_simulator(STEADY, fast=True)
+    runs = fast._runs
+    assert runs is not None
+    drained = at = 0
+    while slow.pending:
+        at += 1_000_000
+        run_until(slow, at)
+        run_until(fast, at)
+        for replica, other in zip(slow.brain.replicas, fast.brain.replicas, strict=True):
+            one, two = state_of(replica), state_of(other)
+            if runs.running(other.index):
+                runs.catch_up(other.index, at, False, 0)
+                two = state_of(other)
+                drained += any(seq.state is State.DRAINING for seq in other.active.values())
+                del one["in_flight"], two["in_flight"]
+            assert one == two
+    assert drained > 10
+
+
 def test_fast_forward_skips_most_steps() -> None:
     """The law would be empty without runs: with long answers, most results never reach the brain."""
     simulator = make_simulator(STEADY, fast=True)
@@ -137,9 +216,8 @@ def test_fast_forward_skips_most_steps() -> None:
 
 def test_unsorted_traffic_is_refused() -> None:
     """Times that go back would change the past."""
-    from tests.laws.traffic import SimpleCosts, make_plan
+    from tests.laws.traffic import SimpleCosts
 
-    from evener.brain import Brain, BrainConfig
     from evener.errors import InvalidTrace
 
     traffic = make_traffic(Case(1, "fcfs", 1, 1, 400, 12, False, False))[::-1]

@@ -61,6 +61,14 @@ class SimpleCosts:
         return None
 
 
+class AlikeCosts(SimpleCosts):
+    """All shards of a stage are equal: nobody waits for anybody."""
+
+    def shards_ns(self, replica: int, stage: int, shape: BatchShape) -> list[ShardTime]:
+        slowest = super().shards_ns(replica, stage, shape)[-1]
+        return [slowest] * self.ranks
+
+
 class Case(NamedTuple):
     """One random situation; everything follows from it."""
 

@@ -161,6 +161,28 @@ def test_a_replica_that_comes_back() -> None:
     assert account.devices["d0.0.0"].causes_ns[Cause.NO_DEMAND] == 10 * MS
 
 
+def test_what_a_stage_moved_is_told_at_once_or_by_each_device() -> None:
+    accounts = []
+    for at_once in (True, False):
+        ledger = Ledger(plan_of((4, 2)), Costs(), start=Nanoseconds(0))
+        ledger.up(0, Nanoseconds(0))
+        for number in range(3):
+            ledger.issued(0, number, Nanoseconds(number * 10 * MS), DECODE)
+            began, moved = number * 10, reduce(4096, 8, 1.0, 2.0)
+            parts = {"straggler": 1.0, "transfer": 2.0}
+            if at_once and number < 2:
+                ledger.stage_span(span(0, 0, 0, number, began, began + 10, parts, traffic=moved))
+            else:
+                for rank in range(2):
+                    ledger.span(span(0, 0, rank, number, began, began + 10, parts, traffic=moved))
+            if number:  # told of before the one before is done
+                ledger.done(0, number - 1, Nanoseconds((began + 10) * MS), 0)
+        ledger.done(0, 2, Nanoseconds(40 * MS), 0)
+        accounts.append(ledger.account())
+    assert accounts[0] == accounts[1]
+    assert accounts[0].links[0].count == 2 * 3 * 8
+
+
 def test_repeated_steps_count_as_so_many_batches() -> None:
     teller = Teller(plan_of((4, 1)), Work())
     teller.state(0)

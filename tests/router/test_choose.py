@@ -115,6 +115,31 @@ def test_speed_prefix_and_room_attract(load, prompt_len, output) -> None:
     assert LeastWork().choose(prompt_len, output, [full, roomy], Speeds(1.0, 1.0)) == 1
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(LOADS, min_size=1, max_size=8), st.integers(1, 2000), st.floats(0, 3000),
+    st.lists(st.sampled_from([1.0, 1.1, 2.0]), min_size=8, max_size=8),
+)  # fmt: skip
+def test_leaving_replicas_out_by_a_bound_changes_no_choice(loads, prompt_len, output, slower) -> None:
+    """The choice is the least of all whole predictions, though only those that may win are worked out."""
+    costs = Speeds(*slower)
+    loads = number(loads, [True] * len(loads))
+    least = min(
+        (sum(predict(prompt_len, output, x, costs)), x.prefill_tokens_left + x.decode_tokens_left, x.rows, x.replica)
+        for x in loads
+    )
+    assert LeastWork().choose(prompt_len, output, loads, costs) == least[-1]
+    left_out = [change(x, decode_tokens_left=0.0) for x in loads]
+    asked: list[int] = []
+
+    def decode_left(replica: int) -> float:
+        asked.append(replica)
+        return loads[replica].decode_tokens_left
+
+    assert LeastWork().choose(prompt_len, output, left_out, costs, decode_left) == least[-1]
+    assert len(loads) == 1 or least[-1] in asked
+
+
 def test_ties_are_broken_by_number() -> None:
     loads = [ReplicaLoad(k, kv_blocks=100, kv_blocks_free=100) for k in (2, 0, 1)]
     assert LeastWork().choose(10, 5.0, loads, Speeds(1.0, 1.0, 1.0)) == 0

@@ -32,6 +32,19 @@ def geometric(mean: float, n: int, seed: int) -> list[int]:
 
 
 @settings(max_examples=80, deadline=None)
+@given(OBSERVATIONS, st.integers(0, 500), st.lists(st.tuples(st.integers(-400, 400), st.integers(0, 600)), max_size=8))
+def test_a_sum_is_the_sum_of_its_rows(observed, steps, rows) -> None:
+    e = LengthEstimator()
+    for n, censored in observed:
+        e.observe(n, censored)
+    rows = [(lead, cap) for lead, cap in rows if lead + steps >= 0]
+    total = 3.5
+    for lead, cap in rows:
+        total += e.expected_remaining(lead + steps, cap)
+    assert e.expected_sum(3.5, steps, rows) == total
+
+
+@settings(max_examples=80, deadline=None)
 @given(OBSERVATIONS, st.integers(0, 10**7), st.integers(0, 10**7))
 def test_never_negative_and_never_above_what_the_cap_leaves(observed, so_far, cap) -> None:
     e = LengthEstimator()

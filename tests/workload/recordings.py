@@ -52,6 +52,10 @@ class _WritingLedger(Ledger):
         self.recorder.add(Timing(self.now, device, (span,)))
         super().span(span)
 
+    def stage_span(self, span: Span) -> None:
+        for rank in range(len(self.plan.replicas[span.replica].stages[span.stage].shards)):
+            self.span(msgspec.structs.replace(span, rank=rank))
+
     def up(self, replica: int, now: Nanoseconds) -> None:
         self.recorder.add(ReplicaUp(now, replica))
         super().up(replica, now)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evener.cost.base import BatchShape, DecodeRun, ShardTime
+from evener.cost.base import BatchShape, DecodeRun, ShardTime, stepwise_run
 from evener.cost.rates import DeviceProfile, Floats, Profile
 from evener.errors import InvalidInput
 from evener.spec.cluster import Link
@@ -123,12 +123,31 @@ class OwnTimes(NamedTuple):
     sharers: int
 
 
+class _Steps(NamedTuple):
+    """What is the same for all decode steps of one stage with so many rows. Arrays have a row per shard."""
+
+    host: int
+    transfer: int
+    fixed: int
+    """Of the stage, without attention and `host`."""
+    block: float
+    key_ns: float
+    rest: int
+    """Of the first shard: its attention block, time per key, and what it computes besides at most."""
+    blocks: Floats
+    keys_ns: Floats
+    rests: NDArray[np.int64]
+    """Of all shards, where they are not alike."""
+    slowest: tuple[Floats, Floats]
+    """`blocks` and `keys_ns` of the shards that the stage may wait for."""
+
+
 class _StageTables:
     """All that one stage costs, over all its layers, by counts."""
 
     __slots__ = (
-        "by_rows", "by_sampled", "chunk_ns", "host_ns", "moving_rows", "moving_sampled", "own", "pipe_delay_ns",
-        "shards",
+        "alike", "by_rows", "by_sampled", "chunk_ns", "host_ns", "moving_rows", "moving_sampled", "own",
+        "pipe_delay_ns", "shards", "sharing", "steps",
     )  # fmt: skip
 
     def __init__(
@@ -165,16 +184,22 @@ class _StageTables:
             choice = collective(rows * CANDIDATE_BYTES)
             self.by_sampled, self.moving_sampled = _table(_slowest(head) + choice), _table(choice)
         self.shards: list[tuple[list[int], float, float]] = []
-        """Per shard: attention block by rows, nanoseconds per pair, nanoseconds per key; over all layers."""
+        """Per unlike shard: attention block by rows, nanoseconds per pair, nanoseconds per key; over all layers."""
         self.own: list[OwnTimes] = []
         for cost, sh, of_rows, of_sampled in zip(costs, stage.shards, ffn, head, strict=True):
             heads, kv = size(sh.heads), size(sh.kv_heads(model))
             block = _table(layers * cost.attention_rows(rows, heads, kv))
             attention = (block, layers * cost.pair_ns(heads), layers * cost.key_ns(heads, kv))
-            if heads or not self.shards:
+            if (heads or not self.shards) and attention not in self.shards:
                 self.shards.append(attention)
             chunk_ns = round(CHUNK_OPS * cost.rates.op_ns * cost.stretch)
             self.own.append(OwnTimes(*attention, _table(of_rows), _table(of_sampled), chunk_ns, cost.sharers))
+        self.alike = all(own == self.own[0] for own in self.own)
+        """Every shard takes as long as the first: an equal split over equal devices."""
+        self.sharing = any(own.sharers > 1 for own in self.own)
+        """Some workers share a core."""
+        self.steps: dict[int, _Steps] = {}
+        """By rows, as they are asked for."""
         self.chunk_ns = max(round(CHUNK_OPS * c.rates.op_ns * c.stretch) for c in costs)
         self.pipe_delay_ns = 0 if last else round(max((link.delay for link in pipe), default=0.0) * 1e9)
 
@@ -233,29 +258,31 @@ class RooflineCostModel:
     def decode_run(self, replica: int, stage: int, rows: int, context: int, steps: int) -> DecodeRun:
         """`shards_ns` of consecutive decode steps, all at once."""
         st = self._replicas[replica][stage]
-        first = _shards_ns(st, BatchShape(decode_rows=rows, decode_context=context, sampled_rows=rows))[0]
+        known = st.steps.get(rows)
+        if known is None:
+            known = st.steps[rows] = _steps(st, rows)
+        if known.fixed < known.transfer:  # rounding ate the whole of a stage that computes next to nothing
+            return stepwise_run(self, replica, stage, rows, context, steps)
         # The same operations on the same doubles as in `_stage_ns`, so that no nanosecond differs.
-        keys = (context + rows * np.arange(steps)).astype(np.float64)
-        blocks = np.array([[float(_at(own.attention, rows))] for own in st.own])
-        key_ns = np.array([[own.key_ns] for own in st.own])
-        attention = blocks + key_ns * keys
-        of_heads = attention if len(st.shards) == len(st.own) else attention[[bool(own.key_ns) for own in st.own]]
-        slowest = (of_heads.max(axis=0) if len(of_heads) else attention[0]).astype(np.int64)
-        busy = slowest + (sum(first[1:]) - int(slowest[0]))
+        keys = np.arange(context, context + rows * steps, rows, dtype=np.float64)
         shards = np.zeros((len(st.own), 4, steps), dtype=np.int64)
-        shards[:, 3] = first.transfer
-        slow = busy - first.transfer
-        if len(st.own) == 1:
-            shards[0, 0] = slow
+        shards[:, 3] = known.transfer
+        if st.alike:
+            attention = (known.block + known.key_ns * keys).astype(np.int64)
+            busy = attention + known.fixed
+            shards[:, 0] = attention + known.rest
+            shards[:, 2] = known.fixed - known.transfer - known.rest
         else:
-            rest = np.array([[_at(own.by_rows, rows) + _at(own.by_sampled, rows)] for own in st.own])
-            np.minimum(attention.astype(np.int64) + rest, slow, out=shards[:, 0])
+            of_each = (known.blocks + known.keys_ns * keys).astype(np.int64)
+            busy = (known.slowest[0] + known.slowest[1] * keys).max(axis=0).astype(np.int64) + known.fixed
+            slow = busy - known.transfer
+            np.minimum(of_each + known.rests, slow, out=shards[:, 0])
             np.subtract(slow, shards[:, 0], out=shards[:, 2])
-        if any(own.sharers > 1 for own in st.own):
+        if st.sharing:
             sharers = np.array([[own.sharers] for own in st.own])
             shards[:, 1] = shards[:, 0] * (sharers - 1) // sharers
             shards[:, 0] -= shards[:, 1]
-        return DecodeRun(first.host, busy, shards)
+        return DecodeRun(known.host, busy, shards)
 
     def delay_ns(self, replica: int, stage: int) -> Nanoseconds:
         """Declared delay of the pipe out of a stage."""
@@ -263,11 +290,16 @@ class RooflineCostModel:
 
     def batch_ns(self, replica: int, shape: BatchShape) -> Nanoseconds:
         """Time of the slowest stage: what a batch costs a full pipeline."""
-        return Nanoseconds(max([_stage_ns(st, shape) for st in self._replicas[replica]]))
+        stages = self._replicas[replica]
+        if len(stages) == 1:
+            return Nanoseconds(_stage_ns(stages[0], shape))
+        return Nanoseconds(max([_stage_ns(st, shape) for st in stages]))
 
     def latency_ns(self, replica: int, shape: BatchShape) -> Nanoseconds:
         """Sum over the stages, and the declared delays between them."""
         stages = self._replicas[replica]
+        if len(stages) == 1:
+            return Nanoseconds(_stage_ns(stages[0], shape))
         delay = sum([st.pipe_delay_ns for st in stages]) if shape.tokens else 0
         return Nanoseconds(sum([_stage_ns(st, shape) for st in stages]) + delay)
 
@@ -335,6 +367,30 @@ def _stage_ns(st: _StageTables, shape: BatchShape) -> int:
     return fixed + int(attention) + head + shape.chunks * st.chunk_ns
 
 
+def _steps(st: _StageTables, rows: int) -> _Steps:
+    waited_for = [(_at(table, rows), key_ns) for table, _, key_ns in st.shards]
+    rests = [_at(own.by_rows, rows) + _at(own.by_sampled, rows) for own in st.own]
+    transfer = _at(st.moving_rows, rows) + _at(st.moving_sampled, rows)
+    fixed = _stage_ns(st, BatchShape(decode_rows=rows, sampled_rows=rows)) - st.host_ns
+    fixed -= max(block for block, _ in waited_for)
+    return _Steps(
+        host=st.host_ns,
+        transfer=transfer,
+        fixed=fixed,
+        block=float(_at(st.own[0].attention, rows)),
+        key_ns=st.own[0].key_ns,
+        rest=fixed - transfer if len(rests) == 1 else min(rests[0], fixed - transfer),
+        blocks=_column([_at(own.attention, rows) for own in st.own]),
+        keys_ns=_column([own.key_ns for own in st.own]),
+        rests=np.array([[rest] for rest in rests]),
+        slowest=(_column([block for block, _ in waited_for]), _column([key_ns for _, key_ns in waited_for])),
+    )
+
+
+def _column(values: Sequence[float]) -> Floats:
+    return np.array([[value] for value in values], dtype=np.float64)
+
+
 def _shards_ns(st: _StageTables, shape: BatchShape) -> list[ShardTime]:
     whole = _stage_ns(st, shape)
     rows = shape.prefill_tokens + shape.decode_rows + shape.pad_tokens
@@ -356,8 +412,8 @@ def _shards_ns(st: _StageTables, shape: BatchShape) -> list[ShardTime]:
         contended = slow * (own[0].sharers - 1) // own[0].sharers
         return [_shard_time((host, slow - contended, contended, 0, moving))]
     pairs, keys, chunks = shape.prefill_pairs, shape.decode_context, shape.chunks
-    out = []
-    for block, pair_ns, key_ns, by_rows, by_sampled, chunk_ns, sharers in own:
+    out: list[ShardTime] = []
+    for block, pair_ns, key_ns, by_rows, by_sampled, chunk_ns, sharers in own[:1] if st.alike else own:
         if inside:
             compute = int(block[rows] + pair_ns * pairs + key_ns * keys) + by_rows[rows] + by_sampled[sampled]
         else:
@@ -368,7 +424,7 @@ def _shards_ns(st: _StageTables, shape: BatchShape) -> list[ShardTime]:
             compute = slow
         contended = compute * (sharers - 1) // sharers if sharers > 1 else 0
         out.append(_shard_time((host, compute - contended, contended, slow - compute, moving)))
-    return out
+    return out * len(own) if st.alike else out
 
 
 def _shard_time(parts: tuple[int, int, int, int, int]) -> ShardTime:

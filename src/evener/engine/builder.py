@@ -18,6 +18,11 @@ class BatchBuilder:
     Everything added takes its slot and blocks at once, so a policy sees what is left while it composes.
     """
 
+    __slots__ = (
+        "capped", "chunk_rows", "chunks", "decode_context", "decode_rows", "group", "new", "pad_tokens",
+        "prefill_pairs", "prefill_tokens", "recompute_tokens", "replica", "sampled",
+    )  # fmt: skip
+
     def __init__(self, replica: ReplicaEngine) -> None:
         self.replica = replica
         self.group: DecodeGroup | None = None
@@ -67,7 +72,7 @@ class BatchBuilder:
         """
         replica = self.replica
         self.group = group
-        for seq in list(group.pending):
+        for seq in list(group.pending) if group.pending else ():
             # A preemption for an earlier row takes the later ones off `pending`.
             if seq in group.pending and replica.extend(seq, seq.length):
                 group.pending.remove(seq)

@@ -89,6 +89,8 @@ class ReplicaEngine:
         self._running = 0
         self._prefilling: list[Sequence] = []
         self._limbo: list[tuple[int, int, Sequence]] = []
+        self._capped: list[Sequence] = []
+        """Rows that sample their last token in the last step skipped."""
         self._next_batch = 0
         self._completed = -1
 
@@ -99,12 +101,16 @@ class ReplicaEngine:
 
         At most one successor of a group's running batch is queued.
         """
-        ready = [g for g in self.groups if g.size and g.in_flight < 2]
+        groups = self.groups
+        if len(groups) == 1:
+            group = groups[0]
+            return group if group.in_flight < 2 and group.size else None
+        ready = [g for g in groups if g.size and g.in_flight < 2]
         return min(ready, key=lambda g: (g.in_flight, g.last_batch, g.group_id)) if ready else None
 
     def prefilling(self) -> list[Sequence]:
         """Admitted sequences with prompt left, in order."""
-        return [s for s in self._prefilling if s.left > 0]
+        return [s for s in self._prefilling if s.left > 0] if self._prefilling else []
 
     def waiting_rows(self) -> int:
         """Sequences that hold nothing yet."""
@@ -139,7 +145,10 @@ class ReplicaEngine:
 
     def prefill_tokens_left(self) -> int:
         """Prompt tokens waiting or partly done."""
-        return self.waiting.tokens + sum(s.left for s in self._prefilling)
+        tokens = self.waiting.tokens
+        for seq in self._prefilling:
+            tokens += seq.target - seq.computed
+        return tokens
 
     def prefill_tokens_ready(self) -> int:
         """Prompt tokens that could be computed now: partly done ones, and waiting ones for which there is room."""
@@ -164,7 +173,7 @@ class ReplicaEngine:
 
         None if nobody waits or no slot is free; a Hold if blocks are short.
         """
-        if not self._free_slots:
+        if not self._free_slots or not self.waiting.rows:
             return None
         seq = self.waiting.first()
         if seq is None:
@@ -286,8 +295,9 @@ class ReplicaEngine:
     def steady_steps(self, most: int) -> int:
         """How many of the next batches (up to `most`) are plain decode steps of the present rows, as far as known here.
 
-        Those in flight are such steps already. True ends, arrivals and cancellations may end that earlier, and are for
-        the caller to see. 0 where that cannot be said, though it may be so.
+        In the last of them rows may sample their last token. Those in flight are plain steps already. True ends,
+        arrivals and cancellations may end that earlier, and are for the caller to see. 0 where that cannot be said,
+        though it may be so.
         """
         group = self.groups[0]
         if (
@@ -301,7 +311,7 @@ class ReplicaEngine:
         for record in self.in_flight:
             if record.rows is not rows or record.capped:
                 return 0
-        steps = min(most, group.steps_to_cap())
+        steps = min(most, group.steps_to_cap() + 1)
         available = self.pool.available
         if available < len(rows) * (1 + steps // self.config.block_tokens):
             while steps and sum(len(of) * count for of, count in group.blocks_of(steps)) > available:
@@ -320,18 +330,29 @@ class ReplicaEngine:
             else:
                 for k, seq in enumerate(rows.values()):
                     seq.blocks += blocks[k * count : (k + 1) * count]
+        before = min(steps, group.steps_to_cap())
         self._next_batch += steps
         self._completed += steps
-        group.advance(self._next_batch - 1, steps)
+        group.advance(self._next_batch - 1, before)
+        if before < steps:  # the last one
+            self._capped = group.last_tokens()
+            group.advance(self._next_batch - 1)
+            for seq in self._capped:
+                group.remove(seq)
+                seq.state = State.DRAINING
 
     def land(self) -> int:
         """After `skip`: the two steps issued last are in flight. The number of the first of them."""
         group = self.groups[0]
-        rows, n = group.snapshot(), len(group.rows)
+        rows = self.in_flight[-1].rows
+        n, context = len(rows), group.context
+        capped, self._capped = self._capped, []
+        for seq in capped:
+            context += seq.length
         self.in_flight.clear()
         for back in (2, 1):
-            shape = BatchShape(decode_rows=n, decode_context=group.context - n * back, sampled_rows=n)
-            record = InFlight(self._next_batch - back, group, rows, [], shape, MakeUp(shape))
+            shape = BatchShape(decode_rows=n, decode_context=context - n * back, sampled_rows=n)
+            record = InFlight(self._next_batch - back, group, rows, capped if back == 1 else [], shape, MakeUp(shape))
             record.step = group.steps - back + 1
             self.in_flight.append(record)
         self.late_rows = 0
@@ -345,9 +366,10 @@ class ReplicaEngine:
         self.late_rows = record.late
         if record.group is not None:
             record.group.in_flight -= 1
-        for slot, entries in result.prompt_logprobs.items():
-            if self.active[slot].first_answer:
-                self.active[slot].prompt_logprobs.extend(entries)
+        if result.prompt_logprobs:
+            for slot, entries in result.prompt_logprobs.items():
+                if self.active[slot].first_answer:
+                    self.active[slot].prompt_logprobs.extend(entries)
         answers = self._with_tokens(record, result) if result.tokens is not None else self._lengths_only(record, result)
         self._release_completed()
         return answers
@@ -437,7 +459,7 @@ class ReplicaEngine:
         return answers
 
     def _lengths_only(self, record: InFlight, result: BatchResult) -> list[Answer]:
-        answers = []
+        answers: list[Answer] = []
         for slot, count in result.ended:
             seq = self.active[slot]
             if seq.state is not State.DONE:
@@ -445,6 +467,8 @@ class ReplicaEngine:
         for seq in record.capped:
             if seq.state is not State.DONE:
                 answers.append(self._counted(seq, seq.request.max_tokens, "length"))
+        if not record.shape.chunks:
+            return answers
         for seq in record.rows[record.shape.decode_rows :]:
             if seq.first_answer and seq.state is not State.DONE:
                 answers.append(self._counted(seq, 1, None))
@@ -494,8 +518,9 @@ class ReplicaEngine:
             heapq.heappush(self._limbo, (seq.last_batch, seq.order, seq))
 
     def _release_completed(self) -> None:
-        while self._limbo and self._limbo[0][0] <= self._completed:
-            self._release(heapq.heappop(self._limbo)[2])
+        limbo = self._limbo
+        while limbo and limbo[0][0] <= self._completed:
+            self._release(heapq.heappop(limbo)[2])
 
     def _release(self, seq: Sequence) -> None:
         self.pool.release(seq.blocks)

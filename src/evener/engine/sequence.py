@@ -130,6 +130,7 @@ class DecodeGroup:
         self._caps: list[tuple[int, int, Sequence]] = []
         """(step that samples the last token, order, row); an entry of a row that left since is void."""
         self._snapshot: tuple[Sequence, ...] | None = ()
+        self._leads: list[tuple[int, int]] | None = []
 
     @property
     def size(self) -> int:
@@ -142,13 +143,21 @@ class DecodeGroup:
             self._snapshot = tuple(self.rows.values())
         return self._snapshot
 
+    def leads(self) -> list[tuple[int, int]]:
+        """By row: its output tokens minus the steps of the group, which stays the same, and its cap."""
+        if self._leads is None:
+            self._leads = [
+                (s.join_length - s.join_step - s.request.prompt_len, s.request.max_tokens) for s in self.rows.values()
+            ]
+        return self._leads
+
     def join(self, seq: Sequence) -> None:
         """Append a row; its next position must have a block by the time of the step."""
         length = seq.length
         seq.group, seq.join_step, seq.join_length = self, self.steps, length
         self.rows[seq.slot] = seq
         self.context += length
-        self._snapshot = None
+        self._snapshot = self._leads = None
         self.joining.append(seq.slot)
         seq.phase = (self.steps + len(seq.blocks) * self.block_tokens - length + 1) % self.block_tokens
         self._phases[seq.phase][seq.slot] = seq
@@ -163,7 +172,7 @@ class DecodeGroup:
         del self.rows[seq.slot]
         del self._phases[seq.phase][seq.slot]
         self.context -= seq.length
-        self._snapshot = None
+        self._snapshot = self._leads = None
         if seq.slot in self.joining:  # the workers never heard of it
             self.joining.remove(seq.slot)
         else:

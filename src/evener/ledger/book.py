@@ -71,7 +71,7 @@ class TracedGap(NamedTuple):
 class DeviceBook:
     """Where one device's time went, and the spans that wait to be accounted for."""
 
-    __slots__ = ("device", "last_batch", "links", "peak", "pending", "rank", "series", "stage", "trace")
+    __slots__ = ("device", "last_batch", "links", "peak", "pending", "rank", "series", "stage", "stands_for", "trace")
 
     def __init__(
         self, device: str, stage: int, rank: int, start: Nanoseconds, every: Nanoseconds | None, keep: int,
@@ -83,6 +83,8 @@ class DeviceBook:
         self.pending: deque[tuple[Span, BatchRecord]] = deque()
         self.last_batch = -1
         """The last batch that is accounted for."""
+        self.stands_for = 1
+        """Devices that are accounted for here: the first of its stage stands for all that share its series."""
         self.peak = peak
         """Operations and bytes per second."""
         self.trace: deque[TracedSpan | TracedGap] = deque(maxlen=keep_spans)

@@ -103,7 +103,8 @@ class Ledger:
 
     def request(self, request_id: str, replica: int, now: Nanoseconds, what: Milestone, tokens: int) -> None:
         """A request reached a milestone."""
-        self.now = max(self.now, now)
+        if now > self.now:
+            self.now = now
         self._requests.tell(request_id, Step(what, now, replica, tokens))
         if what == Milestone.FIRST_TOKEN:
             return
@@ -124,6 +125,10 @@ class Ledger:
     def span(self, span: Span) -> None:
         """A device reports a batch; one device's spans come in order."""
         self._replicas[span.replica].span(span)
+
+    def stage_span(self, span: Span) -> None:
+        """All devices of a stage report that they did this, as `span` would be told for each."""
+        self._replicas[span.replica].stage_span(span)
 
     def up(self, replica: int, now: Nanoseconds) -> None:
         """Loading (or mending) is over."""

@@ -5,7 +5,12 @@ descheduled (`contended`), or the batch was not handed over (`host`). Before: th
 KV blocks (`kv_starved`) or by its policy (`held`); the batch before is still at another stage (`bubble`), or at a
 slower peer of the last stage (`straggler`); requests are unfinished here (`host`), or wait elsewhere (`imbalance`);
 nothing is asked for (`no_demand`).
+
+In a simulation the devices of an equally split stage do the same, batch after batch. As long as all its batches are
+reported for the whole of it (`stage_span`), its devices share one series, and each batch is accounted for once.
 """
+
+from msgspec import structs
 
 from evener.cost.base import CostModel
 from evener.ledger import makeup
@@ -74,6 +79,15 @@ class ReplicaBook:
         self._newest = -1
         self._last_stage = len(stages) - 1
         self._forget_at = 256
+        self._kept: list[DeviceBook] = []
+        """Books that are accounted for: of a stage whose devices share a series, the first."""
+        for stage in stages:
+            first = stage[0]
+            if all(book.peak == first.peak and not book.trace.maxlen for book in stage):
+                first.stands_for = len(stage)
+                for book in stage:
+                    book.series, book.links = first.series, first.links
+            self._kept += stage[: len(stage) // first.stands_for]
 
     # ---- facts ------------------------------------------------------------------------------------------------
 
@@ -97,8 +111,14 @@ class ReplicaBook:
         record.done, record.late = now, late_rows
         record.pure = makeup.pure_cause(record.made_of, late_rows)
         if record.after >= 0:
-            for book in self.devices:
-                if book.pending:
+            for book in self._kept:
+                pending = book.pending
+                if len(pending) == 1 and pending[0][1] is record:  # nearly always
+                    self._account(book, pending.popleft()[0], record)
+                    record.todo -= book.stands_for
+                    if record.todo == 0:
+                        del self.records[batch_id]
+                elif pending:
                     self._drain(book)
 
     def state(self, now: Nanoseconds, hold: HoldKind, unfinished: bool, short_of_kv: bool) -> None:
@@ -119,6 +139,8 @@ class ReplicaBook:
 
     def down(self, now: Nanoseconds, reason: str) -> None:
         """See Journal. What a device did in vain since its last whole span counts as down."""
+        for stage in range(len(self.stages)):
+            self._part(stage)
         lost = next((r for r in self.records.values() if r.done < 0), None)
         for book in self.devices:
             self._close(book, now, lost)
@@ -141,16 +163,50 @@ class ReplicaBook:
 
     def span(self, span: Span) -> None:
         """A device reports a batch."""
+        if self.stages[span.stage][0].stands_for > 1:
+            self._part(span.stage)
+        self._report(span, 1)
+
+    def stage_span(self, span: Span) -> None:
+        """All devices of a stage report that they did this; the rank does not matter."""
+        books = self.stages[span.stage]
+        if books[0].stands_for == len(books) > 1 and self._same_work(span):
+            self._report(span, len(books))
+            return
+        for rank in range(len(books)):
+            self.span(structs.replace(span, rank=rank))
+
+    def _same_work(self, span: Span) -> bool:
+        """Every device of the stage has as many operations and bytes to do in this batch."""
+        work, record, ranks = self._work, self.records.get(span.batch_id), len(self.stages[span.stage])
+        if work is None or record is None:
+            return True
+        of = [work.of(self.index, span.stage, rank, record.made_of.shape) for rank in range(ranks)]
+        return of.count(of[0]) == ranks
+
+    def _part(self, stage: int) -> None:
+        """From here on every device of a stage is accounted for by itself."""
+        first, *others = self.stages[stage]
+        if first.stands_for > 1:
+            first.stands_for = 1
+            for book in others:
+                book.series, book.links = first.series.copy(), dict(first.links)
+                book.last_batch = first.last_batch
+                book.pending.extend(first.pending)
+            self._kept = [book for books in self.stages for book in books[: len(books) // books[0].stands_for]]
+
+    def _report(self, span: Span, devices: int) -> None:
+        """So many devices report a batch."""
         record = self.records.get(span.batch_id)
         if record is None:
             assert span.batch_id <= self._newest, f"span of batch {span.batch_id}, which was never issued: {span}"
-            self.late_spans += 1
+            self.late_spans += devices
             return
         stage = span.stage
-        book = self.stages[stage][span.rank]
+        book = self.stages[stage][span.rank if devices == 1 else 0]
         book.pending.append((span, record))
         if stage == self._last_stage:
-            record.left -= 1
+            record.left -= devices
             if span.ended > record.end:
                 record.end = span.ended
             following = record.next
@@ -158,7 +214,7 @@ class ReplicaBook:
                 following.after = record.end
                 record.next = None
                 if following.done >= 0:  # it waited to hear of this end
-                    for other in self.devices:
+                    for other in self._kept:
                         self._drain(other)
                     return
         if record.done >= 0:
@@ -169,7 +225,7 @@ class ReplicaBook:
         if self.records:
             return
         after = self._last.end if self._last is not None else 0
-        for book in self.devices:
+        for book in self._kept:
             self._explain(book, now, after)
 
     # ---- inside -----------------------------------------------------------------------------------------------
@@ -182,18 +238,22 @@ class ReplicaBook:
                 return
             pending.popleft()
             self._account(book, span, record)
-            record.todo -= 1
+            record.todo -= book.stands_for
             if record.todo == 0:
                 del self.records[span.batch_id]
 
     def _account(self, book: DeviceBook, span: Span, record: BatchRecord) -> None:
         series = book.series
-        began, ended = span.began, span.ended
-        if began != series.until:
-            self._gap(book, span, record)
-        if ended >= series.mark and ended - began >= series.every:
-            series.checkpoint()
         totals = series.totals
+        began, ended, free = span.began, span.ended, series.until
+        due = ended >= series.mark
+        if began != free:
+            if record.issued > free or due or span.idle_contended or book.trace.maxlen or began < free:
+                self._gap(book, span, record)
+            else:  # nearly always: it was issued and not handed over
+                totals[_HOST] += began - free
+        if due and ended - began >= series.every:
+            series.checkpoint()
         compute = span.compute
         if compute:
             pure = record.pure
@@ -202,7 +262,8 @@ class ReplicaBook:
             else:
                 self._divide(book, span, record)
         contended, straggler, transfer, bubble = span.contended, span.straggler, span.transfer, span.bubble
-        rest = ended - began - compute
+        length = ended - began
+        rest = length - compute
         if contended:
             totals[_CONTENDED] += contended
             rest -= contended
@@ -215,9 +276,11 @@ class ReplicaBook:
         if bubble:
             totals[_BUBBLE] += bubble
             rest -= bubble
-        if span.host:
+        busy = length - bubble
+        if span.host:  # between the steps of a span there was no batch in hand
             totals[_HOST] += span.host
             rest -= span.host
+            busy -= span.host
         if rest:
             assert rest > 0, f"the parts of a span are {-rest} ns longer than it: {span}"
             totals[_UNATTRIBUTED] += rest
@@ -225,25 +288,25 @@ class ReplicaBook:
         book.last_batch = span.batch_id
         repeat = span.repeat
         shape = record.made_of.shape
+        rows, prompt = shape.decode_rows, shape.prefill_tokens
         totals[CPU] += span.cpu
         totals[BATCHES] += repeat
         totals[SPANS] += 1
-        busy = ended - began - bubble
         totals[BUSY] += busy
         busy >>= SPREAD_SHIFT
-        totals[SPREAD] += busy * busy if repeat == 1 else busy * busy // repeat
-        if shape.decode_rows:
-            totals[DECODE_ROWS] += shape.decode_rows * repeat
+        totals[SPREAD] += busy * busy // repeat
+        if rows:
+            totals[DECODE_ROWS] += rows * repeat
             totals[DECODE_STEPS] += repeat
-        if shape.prefill_tokens:
-            totals[PREFILL_TOKENS] += shape.prefill_tokens
+        if prompt:
+            totals[PREFILL_TOKENS] += prompt
         if span.traffic:
             book.count_links(span, size_class(shape))
         if book.trace.maxlen:
             book.trace.append(TracedSpan(span, record.made_of))
         if book.peak is not None:
             self._count_work(book, span, record)
-        if ended >= series.mark:
+        if due and ended >= series.mark:
             series.checkpoint()
 
     def _gap(self, book: DeviceBook, span: Span, record: BatchRecord) -> None:

@@ -30,6 +30,13 @@ class Series:
         self._times: list[int] = [start]
         self._rows: list[array[int]] = [array("q", self.totals)]
 
+    def copy(self) -> "Series":
+        """The same so far, to go on by itself."""
+        twin = Series(Nanoseconds(self.start), self._exact, 0, None, self._keep)
+        twin.until, twin.every, twin.mark = self.until, self.every, self.mark
+        twin.totals, twin._times, twin._rows = list(self.totals), list(self._times), list(self._rows)
+        return twin
+
     @property
     def first(self) -> int:
         """The earliest time that is still known."""

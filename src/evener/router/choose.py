@@ -9,7 +9,7 @@ Harchol-Balter, Sigman and Whitt, "Analysis of join-the-shortest-queue routing f
 one, and sees no cached prefix. Predicted seconds hold lengths, device speed and prefixes in one unit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import NamedTuple, Protocol
 
@@ -59,10 +59,14 @@ class Router(Protocol):
     predicts: bool
     """Whether it looks at more than the numbers of requests; else loads need say no more."""
 
-    def choose(self, prompt_len: int, output_tokens: float, loads: Sequence[ReplicaLoad], costs: CostModel) -> int:
+    def choose(
+        self, prompt_len: int, output_tokens: float, loads: Sequence[ReplicaLoad], costs: CostModel,
+        decode_left: Callable[[int], float] | None = None,
+    ) -> int:  # fmt: skip
         """The `replica` that takes a request of `prompt_len` tokens and (expected) `output_tokens`.
 
-        Never a dead one. Raises Unavailable when none is alive.
+        `decode_left`: what the `decode_tokens_left` of a replica is, where loads leave it out because it takes long to
+        add up. Never a dead one. Raises Unavailable when none is alive.
         """
         ...
 
@@ -76,7 +80,10 @@ class RoundRobin:
     def __init__(self) -> None:
         self._last = -1
 
-    def choose(self, prompt_len: int, output_tokens: float, loads: Sequence[ReplicaLoad], costs: CostModel) -> int:
+    def choose(
+        self, prompt_len: int, output_tokens: float, loads: Sequence[ReplicaLoad], costs: CostModel,
+        decode_left: Callable[[int], float] | None = None,
+    ) -> int:  # fmt: skip
         """See `Router.choose`; looks at nothing but who is alive."""
         numbers = sorted(load.replica for load in living(loads))
         self._last = next((r for r in numbers if r > self._last), numbers[0])
@@ -89,7 +96,10 @@ class LeastRequests:
     moves_waiting = False
     predicts = False
 
-    def choose(self, prompt_len: int, output_tokens: float, loads: Sequence[ReplicaLoad], costs: CostModel) -> int:
+    def choose(
+        self, prompt_len: int, output_tokens: float, loads: Sequence[ReplicaLoad], costs: CostModel,
+        decode_left: Callable[[int], float] | None = None,
+    ) -> int:  # fmt: skip
         """See `Router.choose`; counts requests."""
         return min((load.rows, load.replica) for load in living(loads))[1]
 
@@ -103,17 +113,50 @@ class LeastWork:
     moves_waiting = True
     predicts = True
 
-    def choose(self, prompt_len: int, output_tokens: float, loads: Sequence[ReplicaLoad], costs: CostModel) -> int:
-        """See `Router.choose`; four predictions of the cost model per replica."""
-        return min(
-            (
-                sum(predict(prompt_len, output_tokens, load, costs)),
-                load.prefill_tokens_left + load.decode_tokens_left,
-                load.rows,
-                load.replica,
-            )
-            for load in living(loads)
-        )[-1]
+    def __init__(self) -> None:
+        self._costs: CostModel | None = None
+        self._steps: dict[int, int] = {}
+        """Replica -> shortest step of any row, by these costs."""
+
+    def choose(
+        self, prompt_len: int, output_tokens: float, loads: Sequence[ReplicaLoad], costs: CostModel,
+        decode_left: Callable[[int], float] | None = None,
+    ) -> int:  # fmt: skip
+        """See `Router.choose`; four predictions of the cost model per replica that comes into question."""
+        alive = living(loads)
+        if len(alive) == 1:
+            return alive[0].replica
+        if costs is not self._costs:
+            self._costs, self._steps = costs, {}
+        steps, output = self._steps, max(1.0, output_tokens)
+        prompts: dict[int, BatchShape] = {}
+        bounds: list[tuple[int, int, int, ReplicaLoad]] = []
+        for load in alive:
+            replica, cached = load.replica, load.cached_prefix_tokens
+            step = steps.get(replica)
+            if step is None:
+                step = steps[replica] = costs.latency_ns(replica, _ONE_ROW)
+            prompt = prompts.get(cached)
+            if prompt is None:
+                prompt = prompts[cached] = _own_prompt(prompt_len, cached)
+            alone: int = costs.batch_ns(replica, prompt)
+            # No prediction is shorter than this one: costs do not fall when there is more to do.
+            bounds.append((alone * (1 + load.running_rows) + round(step * output), replica, alone, load))
+        bounds.sort()
+        best: tuple[int, float, int, int] | None = None
+        for bound, replica, alone, load in bounds:
+            if best is not None and bound > best[0]:
+                break
+            left = load.decode_tokens_left if decode_left is None else decode_left(replica)
+            cost = sum(_predict(prompt_len, output, load, left, alone, costs))
+            entry = (cost, load.prefill_tokens_left + left, load.rows, replica)
+            if best is None or entry < best:
+                best = entry
+        assert best is not None
+        return best[-1]
+
+
+_ONE_ROW = BatchShape(decode_rows=1, sampled_rows=1)
 
 
 class Prediction(NamedTuple):
@@ -133,39 +176,50 @@ def predict(prompt_len: int, output_tokens: float, load: ReplicaLoad, costs: Cos
     much earlier, at most the slots); a missing slot or missing KV blocks wait for the rows that hold them. *Delay*: its
     prefill holds up the running rows, and one row more makes every step that it shares with another longer.
     """
-    own = max(1, prompt_len - load.cached_prefix_tokens)
-    pairs = own * (prompt_len - own) + own * (own + 1) // 2
-    ahead, waiting = load.prefill_tokens_left, load.waiting_rows
-    prefill_own = costs.batch_ns(
-        load.replica, BatchShape(prefill_tokens=own, prefill_pairs=pairs, chunks=1, sampled_rows=1)
-    )
+    alone = costs.batch_ns(load.replica, _own_prompt(prompt_len, load.cached_prefix_tokens))
+    return _predict(prompt_len, max(1.0, output_tokens), load, load.decode_tokens_left, alone, costs)
+
+
+def _own_prompt(prompt_len: int, cached: int) -> BatchShape:
+    """The prompt tokens of a request that are not cached, as one chunk."""
+    own = max(1, prompt_len - cached)
+    return BatchShape(own, own * (prompt_len - own) + own * (own + 1) // 2, sampled_rows=1, chunks=1)
+
+
+def _predict(
+    prompt_len: int, output: float, load: ReplicaLoad, decode_left: float, prefill_own: int, costs: CostModel
+) -> Prediction:
+    """See `predict`."""
     prefill = prefill_own
-    if ahead:
+    present, slots = load.rows, load.max_rows
+    if load.prefill_tokens_left:
+        own = _own_prompt(prompt_len, load.cached_prefix_tokens)
+        prompts = load.waiting_rows + 1
         queue = BatchShape(
-            prefill_tokens=ahead + own,
-            prefill_pairs=load.prefill_pairs_left + pairs,
-            chunks=waiting + 1,
-            sampled_rows=waiting + 1,
+            prefill_tokens=load.prefill_tokens_left + own.prefill_tokens,
+            prefill_pairs=load.prefill_pairs_left + own.prefill_pairs,
+            chunks=prompts,
+            sampled_rows=prompts,
         )
         prefill = costs.batch_ns(load.replica, queue)
 
-    output = max(1.0, output_tokens)
-    rows = ceil(max(1.0, min(load.rows + 1, load.max_rows, 1 + load.decode_tokens_left / output)))
+    rows = ceil(max(1.0, min(present + 1, slots, 1 + decode_left / output)))
     # Whole keys per row: rounded for each batch by itself, more work there could seem to delay others less.
-    keys = ceil((load.context_tokens + prompt_len + output / 2) / (load.rows + 1))
-    step, longer = (
-        costs.latency_ns(load.replica, BatchShape(decode_rows=n, decode_context=n * keys, sampled_rows=n))
-        for n in (rows, rows + 1)
-    )
+    keys = ceil((load.context_tokens + prompt_len + output / 2) / (present + 1))
+    step = costs.latency_ns(load.replica, BatchShape(0, 0, rows, rows * keys, rows))
+    shared = min(decode_left, present * output)
+    late = 0
+    if shared:
+        longer = costs.latency_ns(load.replica, BatchShape(0, 0, rows + 1, (rows + 1) * keys, rows + 1))
+        late = round(shared * (longer - step))
 
     need = ceil((prompt_len + output) / load.block_tokens) - load.cached_prefix_tokens // load.block_tokens
     no_blocks = max(0, need - load.kv_blocks_free) / max(1, load.kv_blocks - load.kv_blocks_free)
-    no_slot = max(0, load.rows + 1 - load.max_rows) / load.max_rows
-    drain = load.decode_tokens_left / max(1, min(load.rows, load.max_rows))
-    shared = min(load.decode_tokens_left, load.rows * output)
+    no_slot = max(0, present + 1 - slots) / slots
+    drain = decode_left / max(1, min(present, slots))
     return Prediction(
         done=prefill + round(step * (output + drain * max(no_blocks, no_slot))),
-        delay=load.running_rows * prefill_own + round(shared * (longer - step)),
+        delay=load.running_rows * prefill_own + late,
     )
 
 

@@ -9,6 +9,7 @@ bucket that few requests reached leans on the memoryless hypothesis with the mea
 """
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from math import exp, expm1, log, log1p
 
@@ -142,6 +143,25 @@ class LengthEstimator:
         log_reach = end[1] - at[1]
         left = at[0] - (exp(log_reach) if log_reach < 0.0 else 1.0) * end[0]
         return min(max(left, 0.0), float(cap - so_far))
+
+    def expected_sum(self, total: float, steps: int, rows: Iterable[tuple[int, int]]) -> float:
+        """`total`, and `expected_remaining(lead + steps, cap)` of each of these (lead, cap), added one by one."""
+        known = self._known
+        for lead, cap in rows:
+            so_far = lead + steps
+            if so_far >= cap:
+                continue
+            at, end = known.get(so_far), known.get(cap)
+            if at is None:
+                at = known[so_far] = self._look_up(so_far)
+            if end is None:
+                end = known[cap] = self._look_up(cap)
+            log_reach = end[1] - at[1]
+            left = at[0] - (exp(log_reach) if log_reach < 0.0 else 1.0) * end[0]
+            if left > 0.0:
+                most = cap - so_far
+                total += left if left < most else most
+        return total
 
     def _learned(self) -> None:
         """The tables are behind by one lesson more; drop them when that is too much."""

@@ -13,45 +13,48 @@ def rows_of(replica: ReplicaEngine) -> ReplicaLoad:
     )
 
 
-def load_of(replica: ReplicaEngine, seq: Sequence, lengths: LengthEstimator) -> ReplicaLoad:
-    """Work left at `replica`, and what `seq` would find cached there. O(running rows)."""
+def decode_left_at(replica: ReplicaEngine, lengths: LengthEstimator) -> float:
+    """Expected output tokens of all that has not ended there. O(running rows)."""
+    queue, expected = replica.waiting, lengths.expected_remaining
+    decode = 0.0
+    if queue.rows:
+        decode = queue.rows * expected(0, max(1, queue.caps // queue.rows))
+    for row in replica.prefilling():
+        cap = row.request.max_tokens
+        decode += expected(min(cap, max(0, row.length - row.request.prompt_len)), cap)
+    # Rows whose last token is in flight hold a slot, and ask for nothing more.
+    for group in replica.groups:
+        decode = lengths.expected_sum(decode, group.steps, group.leads())
+        for row in group.pending:
+            cap = row.request.max_tokens
+            decode += expected(min(cap, row.length - row.request.prompt_len), cap)
+    return decode
+
+
+def load_of(replica: ReplicaEngine, seq: Sequence) -> ReplicaLoad:
+    """Work at `replica` but for the output that is left, and what `seq` would find cached there."""
     config = replica.config
     queue = replica.waiting
-    pairs, context, prefill, waiting = queue.pairs, queue.tokens, queue.tokens, queue.rows
-    decode = 0.0
-    if waiting:
-        decode = waiting * lengths.expected_remaining(0, max(1, queue.caps // waiting))
-    expected = lengths.expected_remaining
+    pairs, context, prefill = queue.pairs, queue.tokens, queue.tokens
     for row in replica.prefilling():
         left = row.left
         prefill += left
         pairs += left * row.computed + left * (left + 1) // 2
         context += row.length
-        cap = row.request.max_tokens
-        decode += expected(min(cap, max(0, row.length - row.request.prompt_len)), cap)
-    # Rows whose last token is in flight hold a slot, and ask for nothing more.
     for group in replica.groups:
         context += group.context
-        steps = group.steps
-        for row in group.rows.values():
-            request = row.request
-            cap = request.max_tokens
-            decode += expected(min(cap, row.join_length + steps - row.join_step - request.prompt_len), cap)
         for row in group.pending:
             context += row.length
-            cap = row.request.max_tokens
-            decode += expected(min(cap, row.length - row.request.prompt_len), cap)
     size = config.block_tokens
     hits: list[int] = []
     if seq.request.sampling.prompt_logprobs is None:  # else every position is computed
         hits = replica.pool.find(seq.whole_keys(size, seq.target - 1))
     return ReplicaLoad(
         replica=replica.index,
-        waiting_rows=waiting,
+        waiting_rows=queue.rows,
         running_rows=replica.running_rows(),
         prefill_tokens_left=prefill,
         prefill_pairs_left=pairs,
-        decode_tokens_left=decode,
         context_tokens=context,
         max_rows=config.max_num_seqs,
         kv_blocks=config.kv_blocks,

@@ -17,7 +17,7 @@ can change skip the brain; outcomes, times, ledger and the brain's state are tho
 
 import heapq
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from evener.brain import Brain
 from evener.cost.base import CostModel
@@ -36,31 +36,14 @@ from evener.engine.events import (
 )
 from evener.errors import InvalidTrace
 from evener.execute.sim.forward import Runs
-from evener.execute.sim.pipeline import Pipeline
+from evener.execute.sim.pipeline import Pipeline, SpanLedger, tell
 from evener.execute.sim.traffic import Failure, Outcome, SimRequest, SlowDown
-from evener.ledger.spans import Journal, Span
 from evener.units import Nanoseconds
 
 __all__ = ["Failure", "Outcome", "SimRequest", "Simulator", "SlowDown"]
 
 ARRIVAL, CANCEL, FAILURE, SLOW_DOWN, TIMER, DONE = range(6)
 """Kinds of events; at one time, the earlier in this list comes first."""
-
-
-class SpanLedger(Journal, Protocol):
-    """What the simulator tells besides what the brain does; `evener.ledger.ledger.Ledger` is one."""
-
-    def span(self, span: Span) -> None:
-        """A device did this."""
-        ...
-
-    def up(self, replica: int, now: Nanoseconds) -> None:
-        """A replica is ready."""
-        ...
-
-    def settle(self, now: Nanoseconds) -> None:
-        """Everything before `now` was told."""
-        ...
 
 
 class Moment(NamedTuple):
@@ -135,7 +118,7 @@ class Simulator:
     def run(self) -> list[Outcome]:
         """Until nothing is left to happen. The outcomes, in order of arrival (none with `on_end`)."""
         while self.pending:
-            self.advance()
+            self._advance()
         if self._ledger is not None:
             self._ledger.settle(self.now)
         return [] if self._on_end is not None else list(self.outcomes.values())
@@ -151,6 +134,9 @@ class Simulator:
     def advance(self) -> list[Command]:
         """The next event (`pending` must be true), and what the brain made of it. Skipped steps give no commands."""
         assert self.pending
+        return self._advance()
+
+    def _advance(self) -> list[Command]:
         upcoming, heap = self._next, self._heap
         self.events += 1
         if upcoming is not None and (not heap or upcoming.arrival <= heap[0].at):
@@ -208,8 +194,7 @@ class Simulator:
             self.events += self._runs.finish(index)
         flight = pipeline.in_flight.popleft()
         if self._ledger is not None:
-            for span in flight.spans:
-                self._ledger.span(span)
+            tell(self._ledger, flight.spans)
         before = pipeline.armed
         commands = self._carry_out(self.brain.step(BatchDone(index, flight.result), self.now))
         if (self._runs is not None and self._runs.start(index)) or pipeline.armed == before:

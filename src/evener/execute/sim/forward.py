@@ -1,9 +1,9 @@
 """Fast-forward (law 9): runs of decode steps in which nothing can change skip the brain.
 
 A run begins when both batches in flight at a replica are plain decode steps of the same rows and its engine knows that
-the next `n` would be the same (`ReplicaEngine.steady_steps`: no row samples its last token, KV blocks suffice, nobody
-who waits could be admitted). It is bounded by the first true end too, which is known to the body alone. The times of
-all its steps follow from the cost model at once.
+the next `n` would be the same (`ReplicaEngine.steady_steps`: no row samples its last token before the last of them, KV
+blocks suffice, nobody who waits could be admitted). It is bounded by the first true end too, which is known to the body
+alone. The times of all its steps follow from the cost model at once.
 
 Whoever reads the replica in between makes the brain catch up with the results that it would have seen by then
 (`catch_up`), and the run goes on; whoever changes it ends the run (`stop`): the last two steps are then in flight as
@@ -14,19 +14,15 @@ The ledger is told of the steps between as one span with `repeat`.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from evener.brain import Brain
 from evener.cost.base import BatchShape, DecodeRun
 from evener.engine.batch import BatchResult
-from evener.execute.sim.pipeline import Flight, Pipeline, make_span
+from evener.execute.sim.pipeline import ALL, Flight, Pipeline, SpanLedger, make_span, tell
 from evener.ledger.spans import MakeUp, Span
 from evener.units import Nanoseconds
-
-if TYPE_CHECKING:
-    from evener.execute.sim.body import SpanLedger
 
 LEAST = 4
 """Steps; for fewer, a run costs more than it saves."""
@@ -37,7 +33,7 @@ MOST = 128
 class _Run:
     """Steps 0 .. n - 1 that will be issued to one replica, of which the brain has issued the first `at`."""
 
-    __slots__ = ("at", "busy", "context", "dones", "ends", "epoch", "host_ns", "rows", "shards")
+    __slots__ = ("at", "busy", "context", "ends", "epoch", "host_ns", "rows", "shards", "steps")
 
     def __init__(self, times: DecodeRun, pipeline: Pipeline, rows: int, context: int) -> None:
         first, second = pipeline.in_flight
@@ -48,20 +44,27 @@ class _Run:
         self.at = 0
         self.shards = times.shards
         self.busy = times.busy
+        self.steps = len(times.busy)
         own = times.busy + times.host
         own[0] += max(second.end, first.done + host_ns)
-        if times.host + int(times.busy.min()) >= 2 * host_ns:
+        # Times do not fall as the context grows, so the first step is the shortest.
+        if times.host + int(times.busy[0]) >= 2 * host_ns:
             # A step takes longer than its successor needs to be handed over: each begins when the one before ends.
-            self.ends: list[int] = np.cumsum(own).tolist()
+            ends: list[int] = own.cumsum().tolist()
         else:
-            self.ends = _one_by_one(own.tolist(), second.end, 2 * host_ns)
-        self.dones = [first.done, second.done, *[e + host_ns for e in self.ends[:-2]]]
+            ends = _one_by_one(own.tolist(), second.end, 2 * host_ns)
+        self.ends = [first.end, second.end, *ends]
+        """Of the two batches in flight, then of the steps. Step k is issued with the result of batch k here."""
+
+    def done(self, k: int) -> int:
         """When step k is issued: with the result of the batch two before it."""
+        return self.ends[k] + self.host_ns
 
     def parts(self, cuts: list[int]) -> list[list[list[int]]]:
         """Between cuts, by rank: compute, contended, straggler and transfer of steps [cuts[k], cuts[k + 1]) summed."""
-        sums: list[list[list[int]]] = np.add.reduceat(self.shards[:, :, : cuts[-1]], cuts[:-1], axis=2).tolist()
-        return [[[part[k] for part in shard] for shard in sums] for k in range(len(cuts) - 1)]
+        sums = np.add.reduceat(self.shards[:, :, : cuts[-1]], cuts[:-1], axis=2)
+        out: list[list[list[int]]] = sums.transpose(2, 0, 1).tolist()
+        return out
 
 
 def _one_by_one(own: Sequence[int], before: int, handing: int) -> list[int]:
@@ -78,7 +81,7 @@ class Runs:
     """The runs of all replicas: at most one each."""
 
     def __init__(
-        self, brain: Brain, pipelines: list[Pipeline], ledger: "SpanLedger | None", never: Collection[int] = ()
+        self, brain: Brain, pipelines: list[Pipeline], ledger: SpanLedger | None, never: Collection[int] = ()
     ) -> None:
         """`never`: replicas whose times may change at any moment."""
         self._brain = brain
@@ -94,7 +97,7 @@ class Runs:
     def ends(self, index: int) -> int | None:
         """When the first result of a run that is not skipped comes; None without a run."""
         run = self._runs[index]
-        return None if run is None else run.ends[-2] + run.host_ns
+        return None if run is None else run.done(run.steps)
 
     def start(self, index: int) -> bool:
         """Begin a run if the replica is in for one."""
@@ -132,7 +135,7 @@ class Runs:
         run = self._runs[index]
         if run is None:
             return 0
-        left = len(run.ends) - run.at
+        left = run.steps - run.at
         if left:
             self._go(index, run, left)
         self.stop(index)
@@ -146,7 +149,7 @@ class Runs:
         run = self._runs[index]
         assert run is not None
         cut = bisect_right if is_result and index < number else bisect_left
-        count = cut(run.dones, at, lo=run.at) - run.at
+        count = cut(run.ends, at - run.host_ns, run.at, run.steps) - run.at
         if count:
             self._go(index, run, count)
         return count
@@ -178,53 +181,51 @@ class Runs:
             ended: list[tuple[int, int]] = []
             pipeline.rows.step(group, ended)
             result = BatchResult(first_id + step, run.epoch, None, ended)
-            end = run.ends[step]
+            end = run.ends[step + 2]
             flights.popleft()
             flights.append(Flight(end, end + run.host_ns, result, not ended, spans))
-        group.ready = pipeline.free[0] = run.ends[run.at - 1]
+        group.ready = pipeline.free[0] = run.ends[run.at + 1]
 
     def _tell(
-        self, ledger: "SpanLedger", index: int, run: _Run, one: Flight, two: Flight, spans: list[Span], first_id: int
+        self, ledger: SpanLedger, index: int, run: _Run, one: Flight, two: Flight, spans: list[Span], first_id: int
     ) -> None:
         """Issues, spans and results of the steps 0 .. at - 1, in the order in which stepping tells them."""
-        count, dones = run.at, run.dones
-
-        def issued(step: int, repeat: int = 1) -> None:
-            # The context in the middle of the steps, for what the ledger counts by shape.
-            keys = run.context + run.rows * step + run.rows * (repeat - 1) // 2
-            shape = BatchShape(decode_rows=run.rows, decode_context=keys, sampled_rows=run.rows)
-            ledger.issued(index, first_id + step, Nanoseconds(dones[step]), MakeUp(shape))
-
-        def done(flight: Flight, when: int) -> None:
-            for span in flight.spans:
-                ledger.span(span)
-            ledger.done(index, flight.result.batch_id, Nanoseconds(when), 0)
+        count = run.at
 
         between = count - 2
-        done(one, dones[0])
-        issued(0, max(1, between))
+        tell(ledger, one.spans)
+        ledger.done(index, one.result.batch_id, Nanoseconds(one.done), 0)
+        self._issued(ledger, index, run, 0, first_id, max(1, between))
         if count == 1:
             return
-        done(two, dones[1])
+        tell(ledger, two.spans)
+        ledger.done(index, two.result.batch_id, Nanoseconds(two.done), 0)
         if between:
-            for span in spans:
-                ledger.span(span)
-            issued(between)
-            ledger.done(index, first_id, Nanoseconds(dones[count - 1]), 0)
-        issued(count - 1)
+            tell(ledger, spans)
+            self._issued(ledger, index, run, between, first_id)
+            ledger.done(index, first_id, Nanoseconds(run.done(count - 1)), 0)
+        self._issued(ledger, index, run, count - 1, first_id)
+
+    def _issued(self, ledger: SpanLedger, index: int, run: _Run, step: int, first_id: int, repeat: int = 1) -> None:
+        rows = run.rows
+        # The context in the middle of the steps, for what the ledger counts by shape.
+        keys = run.context + rows * step + rows * (repeat - 1) // 2
+        made_of = MakeUp(BatchShape(0, 0, rows, keys, rows))
+        ledger.issued(index, first_id + step, Nanoseconds(run.done(step)), made_of)
 
     def _spans(self, index: int, run: _Run, cuts: list[int], first_id: int) -> list[list[Span]]:
         """What each shard of the stage does between these steps."""
         out = []
         for first, after, parts in zip(cuts[:-1], cuts[1:], run.parts(cuts), strict=True):
-            began, ended = run.ends[first] - int(run.busy[first]), run.ends[after - 1]
+            began, ended = run.ends[first + 2] - int(run.busy[first]), run.ends[after + 1]
             spans = []
-            for rank, (compute, contended, straggler, transfer) in enumerate(parts):
+            alike = parts.count(parts[0]) == len(parts) > 1
+            for rank, (compute, contended, straggler, transfer) in enumerate(parts[:1] if alike else parts):
                 host = ended - began - compute - contended - straggler - transfer
                 spans.append(
                     make_span(
-                        index, 0, rank, run.epoch, first_id + first, began, ended, compute, compute, contended,
-                        straggler, transfer, 0, 0, after - first, host,
+                        index, 0, ALL if alike else rank, run.epoch, first_id + first, began, ended, compute, compute,
+                        contended, straggler, transfer, 0, 0, after - first, host,
                     )
                 )  # fmt: skip
             out.append(spans)

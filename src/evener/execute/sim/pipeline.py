@@ -7,15 +7,48 @@ workers do. How the time of a stage divides on its shards is for the cost model 
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from evener.cost.base import CostModel, ShardTime
 from evener.engine.batch import Batch, BatchResult
 from evener.execute.sim.rows import Rows
-from evener.ledger.spans import Span
+from evener.ledger.spans import Journal, Span
 from evener.spec.plan import Replica
+from evener.units import Nanoseconds
 
 make_span: Callable[..., Span] = Span
 """Plain integers are nanoseconds here."""
+ALL = -1
+"""The rank of a span that all devices of its stage report."""
+
+
+class SpanLedger(Journal, Protocol):
+    """What the simulator tells besides what the brain does; `evener.ledger.ledger.Ledger` is one."""
+
+    def span(self, span: Span) -> None:
+        """A device did this."""
+        ...
+
+    def stage_span(self, span: Span) -> None:
+        """All devices of a stage did this."""
+        ...
+
+    def up(self, replica: int, now: Nanoseconds) -> None:
+        """A replica is ready."""
+        ...
+
+    def settle(self, now: Nanoseconds) -> None:
+        """Everything before `now` was told."""
+        ...
+
+
+def tell(ledger: SpanLedger, spans: list[Span]) -> None:
+    """Report spans, of single devices or (`ALL`) of whole stages."""
+    for span in spans:
+        if span.rank == ALL:
+            ledger.stage_span(span)
+        else:
+            ledger.span(span)
 
 
 class Flight:
@@ -74,11 +107,12 @@ class Pipeline:
             end = began + waits + compute + contended + straggler + transfer
             if self.recording:
                 late = waits if waits < delay else delay
-                for rank, (_, compute, contended, straggler, transfer) in enumerate(shards):
+                alike = shards.count(shards[0]) == len(shards) > 1
+                for rank, (_, compute, contended, straggler, transfer) in enumerate(shards[:1] if alike else shards):
                     spans.append(
                         make_span(
-                            index, stage, rank, batch.epoch, batch.batch_id, began, end, compute, compute, contended,
-                            straggler, transfer + late, waits - late,
+                            index, stage, ALL if alike else rank, batch.epoch, batch.batch_id, began, end, compute,
+                            compute, contended, straggler, transfer + late, waits - late,
                         )
                     )  # fmt: skip
             free[stage] = end
