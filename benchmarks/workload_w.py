@@ -38,8 +38,8 @@ def measure(target: Target, url: str) -> dict[str, Any]:
     return {**got, "ttft_p50_ms": got["ttft_ms"]["p50"], "tpot_p50_ms": got["tpot_ms"]["p50"]}
 
 
-def targets(two: str, one: str, both: str, model: str | None, extra: list[str]) -> list[Target]:
-    """Evener's layouts on two devices, and on the same cores as one device."""
+def targets(two: str, one: str, both: str, dtypes: list[str], model: str | None, extra: list[str]) -> list[Target]:
+    """Evener's layouts on two devices, and on the same cores as one device, in each dtype; fp32 is not named."""
     layouts = {
         "one core": ("--devices", one),
         "one process": ("--devices", both),
@@ -47,7 +47,11 @@ def targets(two: str, one: str, both: str, model: str | None, extra: list[str]) 
         "pp2": ("--devices", two, "-pp", "2"),
         "dp2": ("--devices", two, "-dp", "2"),
     }
-    return [evener(name, *flags, *extra, model=model) for name, flags in layouts.items()]
+    return [
+        evener(name if dtype == "fp32" else f"{name} {dtype}", *flags, "--dtype", dtype, *extra, model=model)
+        for dtype in dtypes
+        for name, flags in layouts.items()
+    ]
 
 
 def main() -> None:
@@ -57,6 +61,7 @@ def main() -> None:
     parser.add_argument("--devices", default="cpu:0 cpu:1", help="the two devices of tp2, pp2 and dp2")
     parser.add_argument("--one", default="cpu:0", help="the device of `one core`")
     parser.add_argument("--both", default="cpu:0-1", help="the device of `one process`: all cores of the two")
+    parser.add_argument("--dtypes", default="fp32", help="comma-separated, of Evener's layouts")
     parser.add_argument("--serve-args", default="", help="more flags for every evener serve")
     parser.add_argument("--only", help="comma-separated names of layouts to run")
     parser.add_argument("--peer", action="append", default=[], help="NAME=URL or NAME='command ... {port}'")
@@ -65,7 +70,8 @@ def main() -> None:
     args = parser.parse_args()
 
     assert totals() == (PROMPT_TOKENS, OUTPUT_TOKENS), f"the generator has changed: {totals()}"
-    chosen = targets(args.devices, args.one, args.both, args.model, shlex.split(args.serve_args))
+    dtypes = [x.strip() for x in args.dtypes.split(",")]
+    chosen = targets(args.devices, args.one, args.both, dtypes, args.model, shlex.split(args.serve_args))
     if args.only is not None:
         wanted = [x.strip() for x in args.only.split(",") if x.strip()]
         unknown = set(wanted) - {t.name for t in chosen}
