@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from common import BenchmarkFailed, Target, evener, free_port, load, markdown, peer, save, stop, wait_healthy
-from workload_w import W
+from workload_w import W, workload
 
 ALONE = ("--requests", "3", "--concurrency", "1", "--input-tokens", "128", "--output-tokens", "128")
 IDS = ("--token-ids", "100:40000")
@@ -95,7 +95,7 @@ def measure(target: Target, rate: float | None, share: float) -> dict[str, Any]:
         idle_mb = memory.peak  # KV caches that are taken page by page hold nothing yet
         load(url, *W, "--warm-up", "16", "--requests", "1", model=target.model)
         alone = load(url, *ALONE, *IDS, "--seed", "1", model=target.model)
-        at_once = load(url, *W, model=target.model)
+        at_once = load(url, *workload(1), model=target.model)
         found: dict[str, Any] = {
             "start_s": start_s,
             "alone_tok_s": 1000 / alone["tpot_ms"]["p50"],

@@ -9,6 +9,7 @@ parallel; a peer is any server with OpenAI's /v1/completions:
 
 import argparse
 import shlex
+from collections import Counter
 from statistics import median
 from typing import Any
 
@@ -20,6 +21,12 @@ SHAPE = ("--input-tokens", "lognormal:180:0.8:16:1000", "--output-tokens", "logn
 IDS = ("--token-ids", "100:40000")
 W = ("--requests", str(REQUESTS), *SHAPE, *IDS, "--seed", "0")
 
+
+def workload(k: int) -> tuple[str, ...]:
+    """W with every token id k higher: the same lengths, and no prefix that an earlier round has left in a cache."""
+    return (*W[: -len(IDS) - 2], "--token-ids", f"{100 + k}:{40000 + k}", "--seed", "0")
+
+
 KEYS = ("output_tok_s", "duration_s", "ttft_p50_ms", "tpot_p50_ms", "client_cpu_s")
 
 
@@ -30,9 +37,13 @@ def totals() -> tuple[int, int]:
     return sum(r.input_tokens for r in requests), sum(r.output_tokens for r in requests)
 
 
+_rounds: Counter[str] = Counter()
+
+
 def measure(target: Target, url: str) -> dict[str, Any]:
     """Warm the server up, then run W once."""
-    got = load(url, *W, "--warm-up", "16", model=target.model)
+    _rounds[target.name] += 1
+    got = load(url, *workload(_rounds[target.name]), "--warm-up", "16", model=target.model)
     served = got["input_tokens"], got["output_tokens"]
     assert served == (PROMPT_TOKENS, OUTPUT_TOKENS), f"{target.name} counted {served} tokens: not the same workload"
     return {**got, "ttft_p50_ms": got["ttft_ms"]["p50"], "tpot_p50_ms": got["tpot_ms"]["p50"]}

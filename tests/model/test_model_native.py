@@ -90,5 +90,11 @@ def test_wrong_rows_are_refused(checkpoint):
         layers.run(batch, torch.zeros(2, source.spec.hidden))
     with pytest.raises(ValueError, match="outside"):
         layers.run(layers.batch(rows._replace(tables_RM=rows.tables_RM + 10_000)), torch.zeros(3, source.spec.hidden))
+    if kernels.isa() != "generic":
+        before = kernels.isa()
+        kernels.set_isa("generic")
+        with pytest.raises(ValueError, match="make them again"):
+            layers.batch(rows)
+        kernels.set_isa(before)
     with pytest.raises(IndexError):
         layers.mlp(99, batch, *(torch.zeros(3, source.spec.hidden) for _ in range(3)))

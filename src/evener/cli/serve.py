@@ -10,6 +10,7 @@ import typer
 from evener.api import AUTO, EngineOptions, describe, prepare, start_engine
 from evener.cli.engine_options import with_engine_options
 from evener.errors import InvalidInput
+from evener.execute.live.engine import LiveEngine
 from evener.model.source import ModelSource
 from evener.profile import load_profile, local_devices, measure
 from evener.serve.listen import bind
@@ -99,8 +100,15 @@ async def _serve(
     listener = bind(host, port)  # a port in use is refused before the model loads
     starting = asyncio.create_task(start_engine(prepared=prepared, progress=lambda text: _say(f"  {text}")))
     await asyncio.sleep(0)  # the workers are started here; the front and the tokenizer load while they do
-    tokenizer = await asyncio.to_thread(_load_front, source)
-    engine = await starting
+    front = asyncio.create_task(asyncio.to_thread(_load_front, source))
+    try:
+        engine, tokenizer = await asyncio.gather(starting, front)  # whichever fails first is told at once
+    except BaseException:
+        starting.cancel()
+        done = (await asyncio.gather(starting, return_exceptions=True))[0]
+        if isinstance(done, LiveEngine):
+            await done.close()
+        raise
     try:
         from evener.serve.app import create_app
         from evener.serve.front import FrontConfig

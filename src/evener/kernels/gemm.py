@@ -19,8 +19,9 @@ QUANT_GROUP: int = _native.GROUP
 class PackedWeight:
     """A weight [N, K], laid out for the instruction set in use. Made by `pack_weight`.
 
-    `data` is [panels, K, columns] in fp32 and bf16, [panels, groups, cell bytes] in int8, the last panel padded with
-    zeros. What is not packed (other devices and dtypes) stays as it is, with `columns` 0.
+    `data` is [panels, K, columns] in fp32 and bf16 (with bf16 instructions [panels, ceil(K / 2), columns, 2]),
+    [panels, groups, cell bytes] in int8, the last panel padded with zeros. What is not packed (other devices, dtypes)
+    stays as it is, with `columns` 0.
     """
 
     def __init__(self, data: torch.Tensor, n: int, k: int, columns: int, isa: str = "") -> None:
@@ -45,7 +46,7 @@ class PackedWeight:
         if not self.columns:
             return F.embedding(index_T, self.data)
         if self.data.dtype is not torch.int8:
-            return self.data[index_T // self.columns, :, index_T % self.columns].float()
+            return self.data[index_T // self.columns, :, index_T % self.columns].float().flatten(1)[:, : self.k]
         _check_isa(self)
         count = index_T.shape[0]
         out_TK = torch.empty(count, self.k)
@@ -69,9 +70,10 @@ class PackedWeight:
 def pack_weight(weight_NK: torch.Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
     """Pack a weight in `dtype` (None: its own).
 
-    On the CPU fp32, bf16 and int8 are native: the first two are rounded and stored, and multiplied in fp32; int8 has
-    a scale per row and group of QUANT_GROUP inputs, quantised here from fp32. Elsewhere the weight is cast and kept
-    as it is. Raises ValueError for int8 that is not on the CPU or not made from fp32.
+    On the CPU fp32, bf16 and int8 are native: the first two are rounded and stored, and multiplied in fp32 (where the
+    processor has bf16 products, `linear` rounds the inputs to bf16 as well and uses them); int8 has a scale per row and
+    group of QUANT_GROUP inputs, quantised here from fp32. Elsewhere the weight is cast and kept as it is. Raises
+    ValueError for int8 that is not on the CPU or not made from fp32.
     """
     dtype = dtype or weight_NK.dtype
     n, k = weight_NK.shape
@@ -86,6 +88,11 @@ def pack_weight(weight_NK: torch.Tensor, dtype: torch.dtype | None = None) -> Pa
         weight_NK = weight_NK.contiguous()
         _native.pack8(weight_NK.data_ptr(), packed.data_ptr(), n, k, k)
         return PackedWeight(packed, n, k, columns, isa)
+    if dtype is torch.bfloat16 and _native.bf16_pairs():
+        pairs = _aligned((panels, -(-k // 2), columns, 2), dtype)
+        padded_NK = F.pad(weight_NK.to(dtype), (0, k % 2, 0, panels * columns - n))
+        pairs.copy_(padded_NK.view(panels, columns, -1, 2).transpose(1, 2))
+        return PackedWeight(pairs, n, k, columns, isa)
     packed = _aligned((panels, k, columns), dtype)
     whole = n // columns
     packed[:whole] = weight_NK[: whole * columns].view(whole, columns, k).transpose(1, 2)
@@ -98,7 +105,8 @@ def pack_weight(weight_NK: torch.Tensor, dtype: torch.dtype | None = None) -> Pa
 def linear(x_TK: torch.Tensor, weight: PackedWeight, bias_N: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight^T + bias, [T, N], in fp32 where the weight is packed. Rows of x are contiguous. Raises ValueError.
 
-    Over an int8 weight x is quantised too, per row and group: to 16 bits, or to 8 with VNNI instructions. A row's
+    Over an int8 weight x is quantised too, per row and group: to 16 bits, or to 8 with VNNI instructions; over a bf16
+    weight it is rounded to bf16 where the processor has products of these (`isa()` is `avx512bf16`). A row's
     result depends neither on the other rows nor on the number of threads. Values of x that are not finite give NaN.
     """
     if not weight.columns:

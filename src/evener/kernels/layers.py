@@ -113,6 +113,7 @@ class Layers:
         kv, _, _, _, blocks, elements = kv_slabs(k_LKB[0], v_LKB[0], s.head_dim) if s.n_kv else (0, 0, 0, 0, 0, 0)
         position = cos_PD.shape[0]
         self._shape = shape
+        self._isa = _native.isa()
         self.count = len(layers)
         self._keep = (tuple(layers), k_LKB, v_LKB, cos_PD, sin_PD, kv_of_head_Q)
         given = [_layer(s, w, k_LKB[i], v_LKB[i]) for i, w in enumerate(layers)]
@@ -128,6 +129,8 @@ class Layers:
         width = rows.tables_RM.shape[-1]
         if not 0 <= real <= n:
             raise ValueError(f"{real} real rows of {n}")
+        if self._isa != _native.isa():
+            raise ValueError(f"these layers were made for {self._isa}, {_native.isa()} is in use; make them again")
         addresses = (
             ints("positions_T", rows.positions_T, n), ints("kv_slot_T", rows.kv_slot_T, n),
             ints("cu_R", rows.cu_R, sequences + 1), ints("start_R", rows.start_R, sequences),

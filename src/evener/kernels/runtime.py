@@ -9,7 +9,8 @@ from evener.kernels import _native
 
 
 def isa() -> str:
-    """The instruction set in use: `generic`, `avx2`, `avx512` or `avx512vnni` (avx512 but for int8 products).
+    """The instruction set in use: `generic`, `avx2`, `avx512`, `avx512vnni` (avx512 but for int8 products and attention
+    over an int8 cache), or `avx512bf16` (that but for bf16 products).
 
     It is the processor's best unless EVENER_ISA says otherwise.
     """

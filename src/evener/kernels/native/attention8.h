@@ -65,7 +65,7 @@ EVENER_INLINE void scores8_of(const uint8_t* q, const float* q_scale, const int8
   EVENER_UNROLL for (int j = 0; j < N; ++j) {
     vf scale = load(scales_of(k[j], dim));
     EVENER_UNROLL for (int r = 0; r < R; ++r) {
-      vi total = (vi)((vu)high[r][j] << 8) + low[r][j] - (vi)((vu)sum[j] * uint32_t(HALF));
+      vi total = (vi)(((vu)high[r][j] << 8) + (vu)low[r][j] - (vu)sum[j] * uint32_t(HALF));
       store(s + r * KEY_TILE + j * BLOCK, __builtin_convertvector(total, vf) * scale * q_scale[r]);
     }
   }
@@ -150,29 +150,20 @@ EVENER_INLINE float query_halves(const float* q, float scale, int64_t dim, uint8
   return step * scale;
 }
 
-// The step of weights, which are at most 1, times the scales of the first `valid` values of a key tile: those that a
-// token reads, so that the step depends on nothing else. What is not finite is seen below.
-EVENER_INLINE float weight_step(const int8_t* const* v, int valid, int64_t dim) {
-  vf most{};
-  for (int j = 0; j * W < valid; ++j) {
-    vf scale = load(scales_of(v[j], dim));
-    most = vmax((scale < 3e38f) & (lane_index() + set1i(j * W) < valid) ? scale : vf{}, most);
-  }
-  return hmax(most) / 65535.0f;
-}
-
-// The weights of a row of a key tile, times their values' scales, to multiples of `step`, in place; returns the step, or
-// NaN where the row reads what is not finite.
-EVENER_INLINE float weight_halves(float* p, const int8_t* const* v, int blocks, int64_t dim, float step, float inverse) {
-  vf w[KEY_TILE / W] = {};
+// The weights of a row of a key tile, times their values' scales, to integers, in place; returns their step: that of the
+// row's own largest, however small the row's weights are in this tile; NaN where the row reads what is not finite.
+EVENER_INLINE float weight_halves(float* p, const int8_t* const* v, int blocks, int64_t dim) {
+  vf w[KEY_TILE / W] = {}, most{};
   vi lost{};
   EVENER_UNROLL for (int j = 0; j < KEY_TILE / W; ++j) {
     if (j >= blocks) continue;
     vf weight = load(p + j * W);
     // A key that the row does not read has weight 0, whatever its scale is.
     w[j] = weight == 0.0f ? vf{} : weight * load(scales_of(v[j], dim));
+    most = vmax(most, w[j]);
     lost |= !(w[j] < 3e38f);
   }
+  float step = hmax(most) / 65535.0f, inverse = inverse_of(step);
   uint8_t* halves = reinterpret_cast<uint8_t*>(p);
   EVENER_UNROLL for (int j = 0; j < KEY_TILE / W; ++j)
     store_halves(rounded(w[j] * inverse), halves + j * W, halves + KEY_TILE + j * W);
@@ -215,14 +206,7 @@ void attention8_tile(const AttentionArgs& a, const AttentionTile& t, float* scra
       float* scores = p + first * KEY_TILE;
       kernels.scores[r](q + first * 2 * dim, q_scale + first, at.k, at.k_next, blocks, dim, scores);
       softmax(p, first, first + r, blocks, dim, run, [&](int i) { return t.position + i / t.heads + 1 - key; });
-      float step = 0.0f, inverse = 0.0f;
-      for (int i = first; i < first + r; ++i) {
-        if (i == first || i % t.heads == 0) {  // another token
-          int valid = t.position + i / t.heads + 1 - key;
-          step = weight_step(at.v, valid < KEY_TILE ? valid : KEY_TILE, dim), inverse = inverse_of(step);
-        }
-        p_scale[i] = weight_halves(p + i * KEY_TILE, at.v, blocks, dim, step, inverse);
-      }
+      for (int i = first; i < first + r; ++i) p_scale[i] = weight_halves(p + i * KEY_TILE, at.v, blocks, dim);
       kernels.values[r](scores, p_scale + first, at.v, at.v_next, blocks, dim, run.out + first * dim);
     }
   }

@@ -24,18 +24,36 @@ struct Ahead {
   int64_t lines;  // per STEPS
 };
 
-template <int ROWS, typename Weight>
-EVENER_OUTLINE void gemm_tile(const float* x, int64_t x_stride, const Weight* panel, int64_t depth, float* out,
-                             int64_t out_stride, const float* bias, bool first, int64_t columns, Ahead& ahead) {
-  vf sum[ROWS][NV];
+// The sums of a tile begin with what earlier inputs gave (`out`), with the bias, or (both nullptr) with 0.
+template <int ROWS>
+EVENER_INLINE void begin_sums(vf (&sum)[ROWS][NV], const float* bias, const float* out, int64_t out_stride,
+                              int64_t columns) {
   EVENER_UNROLL for (int r = 0; r < ROWS; ++r) EVENER_UNROLL for (int v = 0; v < NV; ++v) {
     int64_t left = columns - v * W;
-    const float* from = first ? bias : out + r * out_stride;
+    const float* from = out ? out + r * out_stride : bias;
     if (!from || left <= 0)
       sum[r][v] = vf{};
     else
       sum[r][v] = left >= W ? load(from + v * W) : load_part(from + v * W, left, 0.0f);
   }
+}
+
+template <int ROWS>
+EVENER_INLINE void store_sums(const vf (&sum)[ROWS][NV], float* out, int64_t out_stride, int64_t columns) {
+  EVENER_UNROLL for (int r = 0; r < ROWS; ++r) EVENER_UNROLL for (int v = 0; v < NV; ++v) {
+    int64_t left = columns - v * W;
+    if (left >= W)
+      store(out + r * out_stride + v * W, sum[r][v]);
+    else if (left > 0)
+      store_part(out + r * out_stride + v * W, left, sum[r][v]);
+  }
+}
+
+template <int ROWS, typename Weight>
+EVENER_OUTLINE void gemm_tile(const float* x, int64_t x_stride, const Weight* panel, int64_t depth, float* out,
+                             int64_t out_stride, const float* bias, bool first, int64_t columns, Ahead& ahead) {
+  vf sum[ROWS][NV];
+  begin_sums<ROWS>(sum, first ? bias : nullptr, first ? nullptr : out, out_stride, columns);
   auto step = [&](int64_t k) EVENER_INLINED {
     vf line[NV];
     EVENER_UNROLL for (int v = 0; v < NV; ++v) line[v] = load(panel + k * NR + v * W);
@@ -51,13 +69,7 @@ EVENER_OUTLINE void gemm_tile(const float* x, int64_t x_stride, const Weight* pa
     EVENER_UNROLL for (int i = 0; i < STEPS; ++i) step(k + i);
   }
   for (; k < depth; ++k) step(k);
-  EVENER_UNROLL for (int r = 0; r < ROWS; ++r) EVENER_UNROLL for (int v = 0; v < NV; ++v) {
-    int64_t left = columns - v * W;
-    if (left >= W)
-      store(out + r * out_stride + v * W, sum[r][v]);
-    else if (left > 0)
-      store_part(out + r * out_stride + v * W, left, sum[r][v]);
-  }
+  store_sums<ROWS>(sum, out, out_stride, columns);
 }
 
 // Tiles of m rows: of nearly equal height, as one of a single row waits for its own sums. Tile t begins at row_of(t).

@@ -26,6 +26,7 @@ const Kernels kernels = {
     gemm_panels<float>,
     gemm_panels<bf16>,
     int8_kernels,
+    {nullptr, nullptr},
     {attention_tile<float>, attention_tile<bf16>},
     max_of,
     gumbel_best,

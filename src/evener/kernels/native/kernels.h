@@ -47,6 +47,21 @@ struct GemmArgs {
   int64_t m, n, k, x_stride, out_stride;
 };
 
+// x [m, k] to bf16, [m, ceil(k / 2)] pairs, the last one of an odd k with 0.
+struct NarrowArgs {
+  const float* x;
+  int64_t k, x_stride;
+  uint32_t* out;
+};
+
+struct Gemm16Args {
+  const uint32_t* x;  // as NarrowArgs::out
+  const float* bias;  // nullptr, or n
+  const void* packed;
+  float* out;
+  int64_t m, n, k, out_stride;
+};
+
 // x [m, k] to inputs of an int8 product, [m, groups * GROUP], their scales, and the integers that stand for 0, negated
 // in 16 bits, [m, groups].
 struct QuantizeArgs {
@@ -109,6 +124,12 @@ struct Int8Kernels {
   AttentionKernel* attention;  // over a KV cache in int8
 };
 
+// Products of bf16 with bf16; where these are nullptr, weights of bf16 are multiplied in fp32 (Kernels::gemm_bf16).
+struct Bf16Kernels {
+  void (*narrow)(const NarrowArgs&, int64_t row, int64_t end);
+  void (*gemm)(const Gemm16Args&, int64_t panel, int64_t end);
+};
+
 struct Kernels {
   void (*norm)(const NormArgs&, int64_t row, int64_t end);
   void (*rope[3])(const RopeArgs&, int64_t row, int64_t end);  // by Kv
@@ -117,6 +138,7 @@ struct Kernels {
   void (*gemm)(const GemmArgs&, int64_t panel, int64_t end);
   void (*gemm_bf16)(const GemmArgs&, int64_t panel, int64_t end);
   Int8Kernels int8;
+  Bf16Kernels bf16;
   // Over fp32 and bf16. `scratch`: attention_scratch_floats, aligned to 64 bytes.
   AttentionKernel* attention[2];
   float (*max)(const float* x, int64_t n);
@@ -141,6 +163,9 @@ extern const Kernels kernels;
 }
 namespace avx512vnni {  // otherwise as avx512
 extern const Int8Kernels kernels;
+}
+namespace avx512bf16 {  // otherwise as avx512vnni
+extern const Bf16Kernels kernels;
 }
 #endif
 

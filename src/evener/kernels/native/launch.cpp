@@ -36,7 +36,11 @@ const std::vector<Isa>& isas() {
     v.push_back({"avx512", &avx512::kernels, v4});
     static Kernels vnni = avx512::kernels;
     vnni.int8 = avx512vnni::kernels;
-    v.push_back({"avx512vnni", &vnni, v4 && has(__builtin_cpu_supports("avx512vnni"))});
+    bool v4_vnni = v4 && has(__builtin_cpu_supports("avx512vnni"));
+    v.push_back({"avx512vnni", &vnni, v4_vnni});
+    static Kernels bf16 = vnni;
+    bf16.bf16 = avx512bf16::kernels;
+    v.push_back({"avx512bf16", &bf16, v4_vnni && has(__builtin_cpu_supports("avx512bf16"))});
 #endif
     return v;
   }();
@@ -134,7 +138,16 @@ void silu_mul(const SiluArgs& a, int64_t rows) {
 
 int gemm_columns() { return use().gemm_columns; }
 
+bool bf16_pairs() { return use().bf16.gemm != nullptr; }
+
 void gemm(const GemmArgs& a, bool bf16) {
+  if (bf16 && bf16_pairs()) {
+    thread_local Aligned inputs;  // the caller's; helpers read it through the arguments
+    NarrowArgs narrow{a.x, a.k, a.x_stride, reinterpret_cast<uint32_t*>(inputs.at_least(a.m * ((a.k + 1) / 2)))};
+    over_rows(a.m, a.k, [&](int64_t first, int64_t end) { use().bf16.narrow(narrow, first, end); });
+    const Gemm16Args b{narrow.out, a.bias, a.packed, a.out, a.m, a.n, a.k, a.out_stride};
+    return over_panels(a.n, [&](int64_t first, int64_t end) { use().bf16.gemm(b, first, end); });
+  }
   auto kernel = bf16 ? use().gemm_bf16 : use().gemm;
   over_panels(a.n, [&](int64_t first, int64_t end) { kernel(a, first, end); });
 }

@@ -11,7 +11,7 @@ struct Batch {
   int64_t sequences, table_width, heads, kv_heads, blocks, rows;
 };
 
-// The instruction set in use: "generic", "avx2", "avx512" or "avx512vnni".
+// The instruction set in use: "generic", "avx2", "avx512", "avx512vnni" or "avx512bf16".
 const std::string& isa();
 // Chooses one, or with "" the best this processor runs; false if it cannot run it.
 bool choose_isa(const std::string& name);
@@ -21,6 +21,8 @@ void norm(const NormArgs& args, int64_t rows);
 void rope(const RopeArgs& args, Kv kv, int64_t rows, int64_t max_position, int64_t slots);
 void silu_mul(const SiluArgs& args, int64_t rows);
 int gemm_columns();
+// Weights of bf16 are packed in pairs of inputs, [ceil(k / 2)][columns][2].
+bool bf16_pairs();
 void gemm(const GemmArgs& args, bool bf16);
 int cell_bytes();
 // Panels of int8 cells, and rows out of them.

@@ -65,7 +65,8 @@ void Layers::attention(int64_t layer, const RowsArgs& b, float* x, const float* 
   });
   evener::attention({q, w.k_slab, w.v_slab, heads, width, width, s.slab_head_stride, s.head_dim, s.scale}, s.kv,
                     {b.cu, b.start, b.tables, s.kv_of_head, b.sequences, b.table_width, s.n_q, s.n_kv, s.blocks, b.real});
-  std::memset(heads + b.real * width, 0, (b.rows - b.real) * width * sizeof(float));
+  const int64_t written = b.cu[b.sequences];  // checked by then
+  std::memset(heads + written * width, 0, (b.rows - written) * width * sizeof(float));
   over_blocks(b.rows, [&](int64_t first, int64_t count) {
     product(w.o, heads + first * width, count, out + first * hidden);
   });

@@ -108,6 +108,7 @@ NB_MODULE(_native, m) {
         gemm({floats(x), floats(bias), at<const void>(packed), at<float>(out), m, n, k, x_stride, out_stride}, bf16);
       },
       free);
+  m.def("bf16_pairs", &bf16_pairs);
   m.def("cell_bytes", &cell_bytes);
   m.attr("GROUP") = GROUP;
   m.def(

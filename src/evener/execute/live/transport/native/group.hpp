@@ -49,7 +49,9 @@ class Group {
     int64_t* stamp;  // the five numbers of a Stamp, filled in
   };
   static bool sum_for_native(void* group, const Sum& sum) noexcept;
-  void rethrow() { std::rethrow_exception(std::exchange(failed_, nullptr)); }
+  void rethrow() {
+    if (failed_) std::rethrow_exception(std::exchange(failed_, nullptr));
+  }
 
  private:
   struct alignas(128) RankLine {
