@@ -5,7 +5,7 @@
 Prefill: prompts of 512 tokens, one answer token; operations of the matrices over the measured GEMM rate at 256 rows.
 Decode: 64 rows for 192 steps at contexts of 128 to 320 tokens; operations over the GEMM rate at 64 rows. One stream: a
 step reads all weights once; its bytes over the measured read bandwidth. Attention and all else count as loss: the last
-column says where the devices' time went. Rates are those of one core, times the cores.
+column says where the devices' time went. Rates are those of one device, times the devices that work.
 """
 
 import argparse
@@ -31,17 +31,17 @@ class Case(NamedTuple):
     unit: str
 
 
-def cases(prepared: Prepared, dtype: str, cores: int, replicas: int) -> list[Case]:
-    """Fresh requests, and the peak of the cores that work."""
-    measured = rates(prepared)
+def cases(prepared: Prepared, dtype: str) -> list[Case]:
+    """Fresh requests, and the peak of the devices that work on them."""
+    measured, devices, replicas = rates(prepared), len(prepared.plan.devices()), len(prepared.plan.replicas)
 
     def gemm(rows: int) -> float:
-        return cores * 2 * rows / float(measured.gemm_ns(dtype, rows))
+        return devices * 2 * rows / float(measured.gemm_ns(dtype, rows))
 
     return [
-        Case("prefill", equal(24 * cores, PREFILL, 1), gemm(256), "GFLOP/s"),
+        Case("prefill", equal(48, PREFILL, 1), gemm(256), "GFLOP/s"),
         Case("decode, 64 rows", equal(ROWS, 128, STEPS), gemm(ROWS // replicas), "GFLOP/s"),
-        Case("one stream", equal(1, 128, 256), measured.read_bandwidth * cores / replicas / 1e9, "GB/s"),
+        Case("one stream", equal(1, 128, 256), measured.read_bandwidth * devices / replicas / 1e9, "GB/s"),
     ]
 
 
@@ -67,10 +67,9 @@ def main() -> None:
     rows = []
     for layout in (x.strip() for x in args.layouts.split(",")):
         prepared = engine(layout, args.dtype)
-        cores, replicas = 1 if layout == "one core" else 2, len(prepared.plan.replicas)
         found: dict[str, list[tuple[float, float]]] = {}
         for _ in range(args.rounds):
-            for case in cases(prepared, args.dtype, cores, replicas):
+            for case in cases(prepared, args.dtype):
                 done = run(prepared, case.requests)
                 found.setdefault(case.name, []).append(achieved(case, done, prepared, args.dtype))
                 if len(found[case.name]) == args.rounds:

@@ -48,7 +48,8 @@ def rates(prepared: Prepared) -> Rates:
     """What was measured of the first device, for as many as the plan uses."""
     profile = prepared.profile
     if profile.source == "default":
-        raise SystemExit("the devices are not measured; run `evener devices` first")
+        names = " ".join(prepared.plan.devices())
+        raise SystemExit(f"{names} not measured; run `evener devices --devices '{names}'` first")
     return profile.devices[0].rates(alone=len(prepared.plan.devices()) == 1)
 
 
