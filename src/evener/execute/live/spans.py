@@ -169,12 +169,12 @@ class TimedGroup:
         self.rank = inner.rank
         self.size = inner.size
         if isinstance(inner, RunsLayers):
+            self._layers = inner
             self.run_layers = self._run_layers
 
     def _run_layers(self, layers: Layers, batch: Batch, x_TH: torch.Tensor) -> list[Stamp]:
         """See RunsLayers; only there where the inner group has it."""
-        assert isinstance(self._inner, RunsLayers)
-        stamps = self._inner.run_layers(layers, batch, x_TH)
+        stamps = self._layers.run_layers(layers, batch, x_TH)
         nbytes = x_TH.nbytes
         for stamp in stamps:
             self._note((_REDUCE, nbytes, stamp))

@@ -244,6 +244,18 @@ EVENER_INLINE void softmax(float* s, int first, int end, int blocks, int64_t dim
   }
 }
 
+// Rows of a panel, so that the panels of a tile are of nearly equal height.
+EVENER_INLINE int panel_height(int rows) {
+  int panels = (rows + PANEL - 1) / PANEL;
+  return (rows + panels - 1) / panels;
+}
+
+// Keys that row i of a tile reads of the key tile that begins at `key`; none if that is 0 or less.
+EVENER_INLINE int keys_read(const AttentionTile& t, int i, int key) {
+  int keys = t.position + i / t.heads + 1 - key;
+  return keys > KEY_TILE ? KEY_TILE : keys;
+}
+
 // Where the blocks of a key tile are, and those of the next one.
 template <typename T>
 struct TileBlocks {
@@ -280,7 +292,7 @@ template <typename T>
 void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
   const int64_t dim = a.head_dim;
   const int rows = t.tokens * t.heads;
-  const int panels = (rows + PANEL - 1) / PANEL, panel = (rows + panels - 1) / panels;  // of nearly equal height
+  const int panel = panel_height(rows);
   float *q = scratch, *p = q + MAX_ROWS * dim;
   Running run;
   run.out = p + MAX_ROWS * KEY_TILE;
@@ -302,17 +314,12 @@ void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scrat
   for (int key = 0; key < limit; key += KEY_TILE) {
     const TileBlocks<T> at(a, t, key);
     const T *const *k = at.k, *const *v = at.v, *const *k_next = at.k_next, *const *v_next = at.v_next;
-    // Keys of this tile that the last token of a panel reads.
-    auto keys_of = [&](int first, int r) {
-      int keys = t.position + (first + r - 1) / t.heads + 1 - key;
-      return keys > KEY_TILE ? KEY_TILE : keys;
-    };
     for (int first = 0; first < rows; first += panel) {
-      int r = rows - first < panel ? rows - first : panel, keys = keys_of(first, r);
+      int r = rows - first < panel ? rows - first : panel, keys = keys_read(t, first + r - 1, key);
       if (keys <= 0) continue;
       int blocks = (keys + BLOCK - 1) / BLOCK;
       (first ? WARM<T> : COLD<T>).scores[r](q + first * dim, k, k_next, blocks, dim, p + first * KEY_TILE);
-      softmax(p, first, first + r, blocks, dim, run, [&](int i) { return t.position + i / t.heads + 1 - key; });
+      softmax(p, first, first + r, blocks, dim, run, [&](int i) { return keys_read(t, i, key); });
       if constexpr (sizeof(T) == 1) {
         for (int j = 0; j < blocks * LANES; ++j) {
           vf scale = load(scales_of(v[j / LANES], dim) + j % LANES * W);
@@ -321,7 +328,7 @@ void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scrat
       }
     }
     for (int first = 0; first < rows; first += panel) {
-      int r = rows - first < panel ? rows - first : panel, keys = keys_of(first, r);
+      int r = rows - first < panel ? rows - first : panel, keys = keys_read(t, first + r - 1, key);
       if (keys > 0)
         (first ? WARM<T> : COLD<T>).values[r](p + first * KEY_TILE, v, v_next, keys, dim, run.out + first * dim);
     }

@@ -1,6 +1,6 @@
 // Attention over a KV cache in int8 by integer products (vpdpbusd), otherwise as attention.h. Queries and softmax weights
-// become 16-bit integers, per row and per row and key tile, in two bytes each: what is lost is far below what int8 keys
-// and values have lost already. Sums are exact, so a row's result depends on nothing but the row, as in attention.h.
+// become 16-bit integers in two bytes, with a step of each row's own (weights: and of each key tile's): what is lost is far
+// below what int8 keys and values have lost already. Sums are exact, so a row's result depends on nothing but the row, as in attention.h.
 #pragma once
 
 namespace {
@@ -174,7 +174,7 @@ void attention8_tile(const AttentionArgs& a, const AttentionTile& t, float* scra
   const int64_t dim = a.head_dim;
   if (dim > MAX_DIM8) return attention_tile<int8_t>(a, t, scratch);
   const int rows = t.tokens * t.heads;
-  const int panels = (rows + PANEL - 1) / PANEL, panel = (rows + panels - 1) / panels;  // of nearly equal height
+  const int panel = panel_height(rows);
   uint8_t* q = reinterpret_cast<uint8_t*>(scratch);
   float* p = scratch + MAX_ROWS * dim;
   Running run;
@@ -194,18 +194,14 @@ void attention8_tile(const AttentionArgs& a, const AttentionTile& t, float* scra
   const int limit = t.position + t.tokens;
   for (int key = 0; key < limit; key += KEY_TILE) {
     const TileBlocks<int8_t> at(a, t, key);
-    auto keys_of = [&](int first, int r) {
-      int keys = t.position + (first + r - 1) / t.heads + 1 - key;
-      return keys > KEY_TILE ? KEY_TILE : keys;
-    };
     for (int first = 0; first < rows; first += panel) {
-      int r = rows - first < panel ? rows - first : panel, keys = keys_of(first, r);
+      int r = rows - first < panel ? rows - first : panel, keys = keys_read(t, first + r - 1, key);
       if (keys <= 0) continue;
       int blocks = (keys + BLOCK - 1) / BLOCK;
       const Panel8Kernels& kernels = first ? WARM8 : COLD8;
       float* scores = p + first * KEY_TILE;
       kernels.scores[r](q + first * 2 * dim, q_scale + first, at.k, at.k_next, blocks, dim, scores);
-      softmax(p, first, first + r, blocks, dim, run, [&](int i) { return t.position + i / t.heads + 1 - key; });
+      softmax(p, first, first + r, blocks, dim, run, [&](int i) { return keys_read(t, i, key); });
       for (int i = first; i < first + r; ++i) p_scale[i] = weight_halves(p + i * KEY_TILE, at.v, blocks, dim);
       kernels.values[r](scores, p_scale + first, at.v, at.v_next, blocks, dim, run.out + first * dim);
     }
