@@ -26,7 +26,7 @@ def test_linear(isa: str, rows: int, n: int, k: int, bias: bool) -> None:
 
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int8])
-VNNI = ("avx512vnni", "avx512bf16")
+VNNI = ("avx512vnni", "avx512bf16", "avx512amx")
 
 
 def grouped(x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ def test_linear_over_bf16(isa: str, rows: int, n: int, k: int, bias: bool, size:
     """The weight is rounded, and the inputs where bf16 meets bf16; nothing else is."""
     x, w = torch.randn(rows, k), torch.randn(n, k) * size
     b = torch.randn(n) * size if bias else None
-    taken = x.bfloat16() if isa == "avx512bf16" else x
+    taken = x.bfloat16() if isa in ("avx512bf16", "avx512amx") else x
     expected = F.linear(taken.double(), w.bfloat16().double(), None if b is None else b.double())
     got = kernels.linear(x, kernels.pack_weight(w, torch.bfloat16), b)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-6 * k * size)

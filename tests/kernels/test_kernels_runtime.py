@@ -13,7 +13,7 @@ from evener.errors import InvalidInput
 
 
 def test_isa_names() -> None:
-    assert kernels.isa() in {"generic", "avx2", "avx512", "avx512vnni", "avx512bf16"}
+    assert kernels.isa() in {"generic", "avx2", "avx512", "avx512vnni", "avx512bf16", "avx512amx"}
     with pytest.raises(InvalidInput, match=r"EVENER_ISA='sse9' cannot run on this processor; it supports generic"):
         kernels.set_isa("sse9")
 

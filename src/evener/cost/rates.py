@@ -18,7 +18,7 @@ from evener.spec.cluster import Device
 from evener.spec.model import DTYPE_BYTES
 from evener.spec.peaks import Peaks
 
-FORMAT = 5
+FORMAT = 6
 """Version of the stored form; a file of another version is measured again."""
 
 Floats = NDArray[np.float64]

@@ -10,7 +10,8 @@ from evener.kernels import _native
 
 def isa() -> str:
     """The instruction set in use: `generic`, `avx2`, `avx512`, `avx512vnni` (avx512 but for int8 products and attention
-    over an int8 cache), or `avx512bf16` (that but for bf16 products).
+    over an int8 cache), `avx512bf16` (that but for bf16 products), or `avx512amx` (that but for int8 and bf16 products
+    by tile registers).
 
     It is the processor's best unless EVENER_ISA says otherwise.
     """

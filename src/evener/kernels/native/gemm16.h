@@ -11,18 +11,18 @@ constexpr int64_t KC16 = 640;     // pairs per pass
 constexpr int64_t AHEAD16 = 1024;  // pairs from what is read to what is fetched: 4 KiB
 
 void narrow_rows(const NarrowArgs& a, int64_t row, int64_t end) {
-  const int64_t pairs = (a.k + 1) / 2;
+  const int64_t stride = pairs_stride(a.k);
   for (; row < end; ++row) {
     const float* x = a.x + row * a.x_stride;
-    uint16_t* to = reinterpret_cast<uint16_t*>(a.out + row * pairs);
+    uint16_t* to = reinterpret_cast<uint16_t*>(a.out + row * stride);
     int64_t k = 0;
     for (; k + W <= a.k; k += W)
       _mm256_storeu_si256((__m256i*)(to + k), (__m256i)_mm512_cvtneps_pbh((__m512)load(x + k)));
     if (k < a.k) {
-      uint16_t last[W];
-      _mm256_storeu_si256((__m256i*)last, (__m256i)_mm512_cvtneps_pbh((__m512)load_part(x + k, a.k - k, 0.0f)));
-      for (int64_t i = 0; k + i < 2 * pairs; ++i) to[k + i] = last[i];
+      _mm256_storeu_si256((__m256i*)(to + k), (__m256i)_mm512_cvtneps_pbh((__m512)load_part(x + k, a.k - k, 0.0f)));
+      k += W;
     }
+    if (k < 2 * stride) _mm256_storeu_si256((__m256i*)(to + k), __m256i{});
   }
 }
 
@@ -48,7 +48,7 @@ EVENER_OUTLINE void gemm16_tile(const uint32_t* x, int64_t x_stride, const uint3
 
 void gemm16_panels(const Gemm16Args& a, int64_t panel, int64_t end) {
   const Tiles tiles(a.m);
-  const int64_t pairs = (a.k + 1) / 2, blocks = (pairs + KC16 - 1) / KC16;
+  const int64_t pairs = (a.k + 1) / 2, stride = pairs_stride(a.k), blocks = (pairs + KC16 - 1) / KC16;
   for (int64_t p = panel; p < end; ++p) {
     const float* bias = a.bias ? a.bias + p * NR : nullptr;
     int64_t columns = a.n - p * NR < NR ? a.n - p * NR : NR;
@@ -58,7 +58,7 @@ void gemm16_panels(const Gemm16Args& a, int64_t panel, int64_t end) {
       for (int64_t t = 0; t < tiles.count; ++t) {
         int64_t row = tiles.row_of(t);
         by_rows<MR>(tiles.row_of(t + 1) - row, row, [&](auto rows, int64_t at) EVENER_INLINED {
-          gemm16_tile<decltype(rows)::value>(a.x + at * pairs + first, pairs, weight, count, a.out + at * a.out_stride + p * NR,
+          gemm16_tile<decltype(rows)::value>(a.x + at * stride + first, stride, weight, count, a.out + at * a.out_stride + p * NR,
                                              a.out_stride, bias, b == 0, columns, at == 0);
         });
       }

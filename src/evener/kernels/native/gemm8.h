@@ -123,18 +123,23 @@ struct Range {
   int32_t zero;
 };
 
-EVENER_INLINE Range range_of(const float* x, int64_t n) {
-  if (!ZEROS) return {scale_of(x, n, 32767), 0};  // 64 products of 32767 * 127 stay below 2^31
+constexpr int VECTORS = GROUP / W;
+
+EVENER_INLINE Range range_of(const vf (&x)[VECTORS]) {
   vf most{}, least{}, finite{};  // most of x and of -x: the range always holds 0
-  for (int64_t i = 0; i < n; i += W) {
-    vf v = n - i >= W ? load(x + i) : load_part(x + i, n - i, 0.0f);
-    most = vmax(most, v);
-    least = vmax(least, -v);
-    finite += v * 0.0f;
+  EVENER_UNROLL for (int i = 0; i < VECTORS; ++i) {
+    most = vmax(most, x[i]);
+    least = vmax(least, -x[i]);
+    finite += x[i] * 0.0f;
+  }
+  const bool lost = any(finite != 0.0f);
+  if (!ZEROS) {  // 64 products of 32767 * 127 stay below 2^31
+    float scale = hmax(vmax(least, most)) / 32767.0f;
+    return {lost ? __builtin_nanf("") : scale, 0};
   }
   float below = hmax(least);
   // 254 steps: both ends may be rounded outwards and still be within 0..255.
-  float scale = (hmax(most) + below) / 254.0f + hsum(finite);
+  float scale = lost ? __builtin_nanf("") : (hmax(most) + below) / 254.0f;
   return {scale, rounded(set1(below * inverse_of(scale)))[0]};
 }
 
@@ -144,17 +149,20 @@ void quantize_rows(const QuantizeArgs& a, int64_t row, int64_t end) {
   for (; row < end; ++row) {
     const float* x = a.x + row * a.x_stride;
     Input* to = static_cast<Input*>(a.out) + row * groups * GROUP;
-    float* scales = a.scales + row * groups;
-    int32_t* zeros = a.zeros + row * groups;
     for (int64_t g = 0; g < groups; ++g, x += GROUP, to += GROUP) {
-      int64_t n = a.k - g * GROUP < GROUP ? a.k - g * GROUP : GROUP;
-      Range range = range_of(x, n);
+      const int64_t n = a.k - g * GROUP;
+      vf v[VECTORS] = {};
+      if (n >= GROUP) {
+        EVENER_UNROLL for (int i = 0; i < VECTORS; ++i) v[i] = load(x + i * W);
+      } else {
+        for (int i = 0; i * W < n; ++i) v[i] = n - i * W >= W ? load(x + i * W) : load_part(x + i * W, n - i * W, 0.0f);
+      }
+      Range range = range_of(v);
       float inverse = inverse_of(range.scale);
-      scales[g] = range.scale, zeros[g] = -range.zero & 0xffff;
-      for (int64_t i = 0; i < GROUP; i += W) {
-        vf v = n - i >= W ? load(x + i) : load_part(x + i, n - i, 0.0f);
-        Inputs q = __builtin_convertvector(rounded(v * inverse) + range.zero, Inputs);
-        __builtin_memcpy(to + i, &q, sizeof q);
+      a.scales[g * a.m + row] = range.scale, a.zeros[g * a.m + row] = -range.zero & 0xffff;
+      EVENER_UNROLL for (int i = 0; i < VECTORS; ++i) {
+        Inputs q = __builtin_convertvector(rounded(v[i] * inverse) + range.zero, Inputs);
+        __builtin_memcpy(to + i * W, &q, sizeof q);
       }
     }
   }
@@ -205,9 +213,9 @@ void unpack8_rows(const int8_t* packed, const int64_t* index, int64_t rows, int6
   }
 }
 
-// `x`, `x_scale` and `x_zero` begin at the tile's first row. `cold`: the panel is not in a cache yet.
+// `x`, `x_scale` and `x_zero` begin at the tile's first row of m. `cold`: the panel is not in a cache yet.
 template <int ROWS>
-EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int32_t* x_zero, const int8_t* panel,
+EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int32_t* x_zero, int64_t m, const int8_t* panel,
                               int64_t groups, float* out, int64_t out_stride, const float* bias, int64_t columns,
                               bool cold) {
   vf sum[ROWS][NV] = {};
@@ -216,7 +224,7 @@ EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int32
     vi dots[ROWS][NV];
     EVENER_UNROLL for (int v = 0; v < NV; ++v) {
       vi word = load_ints(words + v * W * 4);
-      EVENER_UNROLL for (int r = 0; r < ROWS; ++r) dots[r][v] = less_zero(word, x_zero[r * groups + g]);
+      EVENER_UNROLL for (int r = 0; r < ROWS; ++r) dots[r][v] = less_zero(word, x_zero[g * m + r]);
     }
     // Two cells ahead, on into the next panel: the processor's own prefetching stops at pages. Beyond the end is harmless.
     if (cold)
@@ -232,7 +240,7 @@ EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int32
     EVENER_UNROLL for (int v = 0; v < NV; ++v) {
       vf scale = scales_in(load_ints(words + v * W * 4));
       EVENER_UNROLL for (int r = 0; r < ROWS; ++r)
-        sum[r][v] += __builtin_convertvector(dots[r][v], vf) * scale * x_scale[r * groups + g];
+        sum[r][v] += __builtin_convertvector(dots[r][v], vf) * scale * x_scale[g * m + r];
     }
   }
   EVENER_UNROLL for (int r = 0; r < ROWS; ++r) EVENER_UNROLL for (int v = 0; v < NV; ++v) {
@@ -256,7 +264,7 @@ void gemm8_panels(const Gemm8Args& a, int64_t panel, int64_t end) {
     for (int64_t t = 0; t < tiles.count; ++t) {
       int64_t row = tiles.row_of(t);
       by_rows<MR>(tiles.row_of(t + 1) - row, row, [&](auto rows, int64_t at) EVENER_INLINED {
-        gemm8_tile<decltype(rows)::value>(x + at * groups * GROUP, a.x_scale + at * groups, a.x_zero + at * groups,
+        gemm8_tile<decltype(rows)::value>(x + at * groups * GROUP, a.x_scale + at, a.x_zero + at, a.m,
                                           a.packed + p * groups * CELL, groups, a.out + at * a.out_stride + p * NR,
                                           a.out_stride, bias, columns, at == 0);
       });

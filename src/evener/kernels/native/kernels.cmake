@@ -18,6 +18,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   evener_isa(avx512 isa.cpp 16 -march=x86-64-v4 -mprefer-vector-width=512)
   evener_isa(avx512vnni int8.cpp 16 -march=x86-64-v4 -mavx512vnni -mprefer-vector-width=512 -DEVENER_DOT4)
   evener_isa(avx512bf16 bf16.cpp 16 -march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512)
+  evener_isa(avx512amx amx.cpp 16 -march=x86-64-v4 -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16
+             -mprefer-vector-width=512 -DEVENER_DOT4)
 endif()
 
 find_package(Threads REQUIRED)

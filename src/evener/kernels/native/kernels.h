@@ -47,7 +47,10 @@ struct GemmArgs {
   int64_t m, n, k, x_stride, out_stride;
 };
 
-// x [m, k] to bf16, [m, ceil(k / 2)] pairs, the last one of an odd k with 0.
+// Pairs of bf16 from row to row of narrowed inputs: whole lines of the cache, so whole tiles too.
+constexpr int64_t pairs_stride(int64_t k) { return (k + 31) / 32 * 16; }
+
+// x [m, k] to bf16, [m, pairs_stride(k)] pairs, with 0 after the last input.
 struct NarrowArgs {
   const float* x;
   int64_t k, x_stride;
@@ -63,10 +66,11 @@ struct Gemm16Args {
 };
 
 // x [m, k] to inputs of an int8 product, [m, groups * GROUP], their scales, and the integers that stand for 0, negated
-// in 16 bits, [m, groups].
+// in 16 bits, [groups, m]. A kernel may read up to SLACK elements beyond these.
 struct QuantizeArgs {
+  static constexpr int64_t SLACK = 16;
   const float* x;
-  int64_t k, x_stride;
+  int64_t m, k, x_stride;
   void* out;
   float* scales;
   int32_t* zeros;
@@ -115,12 +119,14 @@ struct Best {
 
 typedef void AttentionKernel(const AttentionArgs&, const AttentionTile&, float* scratch);
 
+typedef void Int8Gemm(const Gemm8Args&, int64_t panel, int64_t end);
+
 struct Int8Kernels {
   int cell_bytes, input_bytes;  // of an int8 cell; of a quantised input
   void (*quantize)(const QuantizeArgs&, int64_t row, int64_t end);
   void (*pack)(const Pack8Args&, int64_t panel, int64_t end);
   void (*unpack)(const int8_t* packed, const int64_t* index, int64_t rows, int64_t k, float* out);
-  void (*gemm)(const Gemm8Args&, int64_t panel, int64_t end);
+  Int8Gemm* gemm;
   AttentionKernel* attention;  // over a KV cache in int8
 };
 
@@ -166,6 +172,10 @@ extern const Int8Kernels kernels;
 }
 namespace avx512bf16 {  // otherwise as avx512vnni
 extern const Bf16Kernels kernels;
+}
+namespace avx512amx {  // otherwise as avx512bf16
+extern Int8Gemm* const gemm8;
+extern const Bf16Kernels gemm16;
 }
 #endif
 

@@ -1,5 +1,13 @@
 #include "launch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -21,6 +29,23 @@ struct Isa {
   bool supported;
 };
 
+#if defined(__x86_64__)
+// Whether the processor has tile registers for int8 and bf16, and the system lets this process use them (it does so on
+// demand only: tiles make a thread's state 8 KiB larger).
+bool tiles_permitted() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25;
+  if ((d & (bf16 | tile | int8)) != (bf16 | tile | int8)) return false;
+#if defined(__linux__)
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILE_DATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
     std::vector<Isa> v{{"generic", &generic::kernels, true}};
@@ -40,7 +65,12 @@ const std::vector<Isa>& isas() {
     v.push_back({"avx512vnni", &vnni, v4_vnni});
     static Kernels bf16 = vnni;
     bf16.bf16 = avx512bf16::kernels;
-    v.push_back({"avx512bf16", &bf16, v4_vnni && has(__builtin_cpu_supports("avx512bf16"))});
+    bool v4_bf16 = v4_vnni && has(__builtin_cpu_supports("avx512bf16"));
+    v.push_back({"avx512bf16", &bf16, v4_bf16});
+    static Kernels amx = bf16;
+    amx.int8.gemm = avx512amx::gemm8;
+    amx.bf16 = avx512amx::gemm16;
+    v.push_back({"avx512amx", &amx, v4_bf16 && tiles_permitted()});
 #endif
     return v;
   }();
@@ -143,7 +173,7 @@ bool bf16_pairs() { return use().bf16.gemm != nullptr; }
 void gemm(const GemmArgs& a, bool bf16) {
   if (bf16 && bf16_pairs()) {
     thread_local Aligned inputs;  // the caller's; helpers read it through the arguments
-    NarrowArgs narrow{a.x, a.k, a.x_stride, reinterpret_cast<uint32_t*>(inputs.at_least(a.m * ((a.k + 1) / 2)))};
+    NarrowArgs narrow{a.x, a.k, a.x_stride, reinterpret_cast<uint32_t*>(inputs.at_least(a.m * pairs_stride(a.k)))};
     over_rows(a.m, a.k, [&](int64_t first, int64_t end) { use().bf16.narrow(narrow, first, end); });
     const Gemm16Args b{narrow.out, a.bias, a.packed, a.out, a.m, a.n, a.k, a.out_stride};
     return over_panels(a.n, [&](int64_t first, int64_t end) { use().bf16.gemm(b, first, end); });
@@ -169,8 +199,8 @@ void unpack8(const int8_t* packed, const int64_t* index, int64_t rows, int64_t n
 void gemm8(Gemm8Args a, const float* x, int64_t x_stride) {
   thread_local Aligned inputs;  // the caller's; helpers read it through the arguments
   int64_t groups = (a.k + GROUP - 1) / GROUP, floats = (a.m * groups * GROUP * use().int8.input_bytes + 63) / 64 * 16;
-  float* room = inputs.at_least(floats + 2 * a.m * groups);
-  QuantizeArgs q{x, a.k, x_stride, room, room + floats, reinterpret_cast<int32_t*>(room + floats + a.m * groups)};
+  float* room = inputs.at_least(floats + 2 * a.m * groups + QuantizeArgs::SLACK);
+  QuantizeArgs q{x, a.m, a.k, x_stride, room, room + floats, reinterpret_cast<int32_t*>(room + floats + a.m * groups)};
   over_rows(a.m, a.k, [&](int64_t first, int64_t end) { use().int8.quantize(q, first, end); });
   a.x = q.out, a.x_scale = q.scales, a.x_zero = q.zeros;
   over_panels(a.n, [&](int64_t first, int64_t end) { use().int8.gemm(a, first, end); });

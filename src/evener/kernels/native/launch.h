@@ -11,7 +11,7 @@ struct Batch {
   int64_t sequences, table_width, heads, kv_heads, blocks, rows;
 };
 
-// The instruction set in use: "generic", "avx2", "avx512", "avx512vnni" or "avx512bf16".
+// The instruction set in use: "generic", "avx2", "avx512", "avx512vnni", "avx512bf16" or "avx512amx".
 const std::string& isa();
 // Chooses one, or with "" the best this processor runs; false if it cannot run it.
 bool choose_isa(const std::string& name);
