@@ -28,6 +28,7 @@ static_assert(sizeof(Input) * STEP == 4, "a step of inputs is one lane");
 
 constexpr int64_t CELL_WEIGHTS = NR * GROUP;
 constexpr int64_t CELL = CELL_WEIGHTS + NR * 4;  // bytes
+constexpr int64_t AHEAD8 = 4 * CELL;             // from what is read to what is fetched
 
 #if defined(EVENER_DOT4)
 typedef vi Weights;
@@ -227,9 +228,12 @@ EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int32
       EVENER_UNROLL for (int r = 0; r < ROWS; ++r) dots[r][v] = less_zero(word, x_zero[g * m + r]);
     }
     // Two cells ahead, on into the next panel: the processor's own prefetching stops at pages. Beyond the end is harmless.
+    // A few lines at a time, as only so many can be on their way.
     if (cold)
-      for (int64_t i = 0; i < CELL; i += LINE) __builtin_prefetch(cell + 2 * CELL + i, 0, 3);
+      for (int64_t i = CELL_WEIGHTS; i < CELL; i += LINE) __builtin_prefetch(cell + AHEAD8 + i, 0, 3);
     _Pragma("GCC unroll 2") for (int64_t i = 0; i < GROUP; i += STEP) {
+      if (cold)
+        for (int64_t j = 0; j < STEP * NR; j += LINE) __builtin_prefetch(cell + AHEAD8 + i * NR + j, 0, 3);
       Weights w[NV];
       EVENER_UNROLL for (int v = 0; v < NV; ++v) w[v] = load_weights(cell + i * NR + v * W * STEP);
       EVENER_UNROLL for (int r = 0; r < ROWS; ++r) {
