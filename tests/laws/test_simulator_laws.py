@@ -156,6 +156,7 @@ def test_law_9_fast_forward(case: Case) -> None:
 @law
 @given(cases)
 @example(STEADY)
+@example(Case(281, "equal-time", 1, 2, 25, 6, False, False, 1, "long"))  # who waited for blocks has gone elsewhere
 def test_law_9_state_in_between(case: Case) -> None:
     """Whoever looks in the middle of a run sees the state of stepping."""
     slow, fast = make_simulator(case), make_simulator(case, fast=True)

@@ -82,9 +82,11 @@ class Fcfs:
 class EqualTime:
     """Micro-batches packed to equal predicted *time*, so that no stage waits for a longer batch in front of it.
 
-    The time is that of a prompt chunk of `max_num_batched_tokens` tokens at an empty context; in a pipeline, less when
-    less work is waiting, so that one prompt spreads over the stages at once. A chunk deep inside a long prompt
-    attends to more keys and is cut shorter; decode rows move between groups until these take equally long.
+    The time is that of a prompt chunk of `max_num_batched_tokens` tokens at an empty context. In a pipeline a batch
+    that is longer than its neighbours empties the stages behind it as it comes and those before it as it goes. So there
+    a chunk beside decoding rows is as small as is still efficient, and without such rows small beside all that waits. A
+    chunk deep inside a long prompt attends to more keys and is cut shorter; decode rows move between groups until these
+    take equally long.
     """
 
     name = "equal-time"
@@ -92,6 +94,10 @@ class EqualTime:
     repeats = True
     smallest_chunk = 64
     """Tokens; below this the GEMMs lose more than the pipeline gains."""
+    parts = 8
+    """Chunks, at least, that each micro-batch of a pipeline makes of the prompts that could run, if no row decodes."""
+    grain_loss = 0.1
+    """What a token of a small chunk may cost more, relative to one of a full chunk."""
 
     def compose(self, replica: ReplicaEngine, build: BatchBuilder, now: Nanoseconds) -> Hold | None:
         """Step a group, then add chunks until the predicted time is reached."""
@@ -133,14 +139,22 @@ class EqualTime:
     def _target(self, replica: ReplicaEngine) -> Nanoseconds:
         full = replica.config.max_num_batched_tokens
         slots = len(replica.groups)
-        if slots > 1:
-            # What waits for KV or a slot cannot fill the pipeline: only what can run now is spread over it.
-            waiting = replica.prefill_tokens_ready()
-            full = min(full, max(self.smallest_chunk, -(-waiting // slots)))
-            # A chunk rides on a decode step: leave room for the rows that share its batch.
-            rows = max(g.size for g in replica.groups)
-            return replica.chunk_ns(full, rows)
-        return replica.chunk_ns(full, 0)
+        if slots == 1:
+            return replica.chunk_ns(full, 0)
+        # A chunk rides on a decode step: leave room for the rows that share its batch.
+        rows = max(g.size for g in replica.groups)
+        part = 0 if rows else -(-replica.prefill_tokens_ready() // (slots * self.parts))
+        if part < full:
+            full = max(part, self._grain(replica, full))
+        return replica.chunk_ns(full, rows)
+
+    def _grain(self, replica: ReplicaEngine, full: int) -> int:
+        """The smallest chunk whose tokens cost, if it runs by itself, little more than those of a full one."""
+        whole = replica.chunk_ns(full, 0)
+        chunk = self.smallest_chunk
+        while chunk < full and replica.chunk_ns(chunk, 0) * full > (1 + self.grain_loss) * whole * chunk:
+            chunk *= 2
+        return min(chunk, full)
 
     def _fit(self, replica: ReplicaEngine, build: BatchBuilder, start: int, left: int, target: Nanoseconds) -> int:
         """The most tokens of a chunk at `start` that keep the batch within `target` and the token budget."""

@@ -151,9 +151,19 @@ class ReplicaEngine:
         return tokens
 
     def prefill_tokens_ready(self) -> int:
-        """Prompt tokens that could be computed now: partly done ones, and waiting ones for which there is room."""
-        room = self.pool.available * self.config.block_tokens if self._free_slots else 0
-        return min(self.waiting.tokens, room) + sum(s.left for s in self._prefilling)
+        """Prompt tokens that could be computed now: partly done ones, and waiting ones for which there is room.
+
+        Where slots are short, that is the first in the queue and, for each slot more, a prompt of mean length.
+        """
+        tokens = sum(s.left for s in self._prefilling)
+        free, waiting = len(self._free_slots), self.waiting
+        first = waiting.first() if free else None
+        if first is None:
+            return tokens
+        queued = waiting.tokens
+        if free < waiting.rows:
+            queued = first.target + (queued - first.target) * (free - 1) // (waiting.rows - 1)
+        return tokens + min(queued, self.pool.available * self.config.block_tokens)
 
     def group_ns(self, group: DecodeGroup) -> Nanoseconds:
         """Predicted time of the next step of a group."""
@@ -304,7 +314,8 @@ class ReplicaEngine:
             len(self.groups) > 1 or not self.policy.repeats or len(self.in_flight) < self.config.depth
             or not group.rows or group.pending or group.leaving or self._prefilling or self._limbo
             or self.dropped_slots or self.table_changes
-            or (self.waiting.rows and self._free_slots and not self.short_of_kv)
+            # Whoever waits for blocks goes on waiting; if nobody does, the next batch composed will say so.
+            or bool(self.waiting.rows and self._free_slots) is not self.short_of_kv
         ):  # fmt: skip
             return 0
         rows = group.snapshot()

@@ -107,7 +107,8 @@ def linear(x_TK: torch.Tensor, weight: PackedWeight, bias_N: torch.Tensor | None
 
     Over an int8 weight x is quantised too, per row and group: to 16 bits, or to 8 with VNNI instructions; over a bf16
     weight it is rounded to bf16 where the processor has products of these (`isa()` is `avx512bf16` or `avx512amx`). A
-    row's result depends neither on the other rows nor on the number of threads. Values of x that are not finite give NaN.
+    row's result depends neither on the other rows nor on the number of threads. Values of x that are not finite give
+    NaN.
     """
     if not weight.columns:
         return F.linear(x_TK, weight.data, bias_N)
