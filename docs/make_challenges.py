@@ -131,7 +131,8 @@ CHALLENGES = (
     Challenge(
         "Pipeline parallel", "Equal layers per stage, fixed microbatches.",
         "Embedding, head and unlike devices unbalance the stages; the faster ones wait.",
-        (Cause.BUBBLE,), "Layers are split by time for the stated traffic; beside decoding rows prompts go in small chunks of equal time.",
+        (Cause.BUBBLE,),
+        "Layers are split by time for the stated traffic; beside decoding rows prompts go in small chunks of equal time.",
         "planted_losses", planted("equal layers", Cause.BUBBLE),
     ),
     Challenge(
