@@ -132,7 +132,7 @@ CHALLENGES = (
         "Pipeline parallel", "Equal layers per stage, fixed microbatches.",
         "Embedding, head and unlike devices unbalance the stages; the faster ones wait.",
         (Cause.BUBBLE,),
-        "Layers are split by time for the stated traffic; beside decoding rows prompts go in small chunks of equal time.",
+        "Layers are split by time for the stated traffic; beside decoding rows prompts go in small, equal chunks.",
         "planted_losses", planted("equal layers", Cause.BUBBLE),
     ),
     Challenge(
