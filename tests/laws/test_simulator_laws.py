@@ -116,9 +116,9 @@ def state_of(replica: ReplicaEngine) -> dict[str, Any]:
                       for f in replica.in_flight],
         "available": replica.pool.available,
         "waiting": sorted(s.order for s in replica.waiting),
-        "counts": (replica._next_batch, replica._completed, replica.preemptions, replica.output_tokens,
+        "counts": (replica.next_batch_id, replica.completed_id, replica.preemptions, replica.output_tokens,
                    replica.prompt_tokens, replica.short_of_kv, replica.running_rows()),
-        "free": list(replica._free_slots),
+        "free": list(replica.free_slots),
     }  # fmt: skip
 
 

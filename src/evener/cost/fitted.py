@@ -2,7 +2,8 @@
 
 Operations fall into classes, and each class of each device has a factor on what the base model says:
 
-    rows      projections, FFN and embedding, by the number of rows: a factor at every knot, linear between them
+    rows      projections, FFN, embedding and the worker's own time, by the number of rows: a factor at every knot,
+              linear between them
     prefill   attention of prefill, by (query, key) pairs
     decode    attention of decode, by keys
     head      logits and sampling, by sampled rows
@@ -113,6 +114,11 @@ class CorrectedCosts(DeviceCosts):
     def key_ns(self, heads: int, kv_heads: int) -> float:
         """See DeviceCosts."""
         return self._inner.key_ns(heads, kv_heads) * self._factors.decode
+
+    def step_rows(self, rows: NDArray[np.int64]) -> Floats:
+        """See DeviceCosts."""
+        out: Floats = self._inner.step_rows(rows) * self._factors.by_rows(rows)
+        return out
 
     def ffn_rows(self, rows: NDArray[np.int64], columns: int) -> Floats:
         """See DeviceCosts."""

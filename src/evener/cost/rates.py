@@ -18,7 +18,7 @@ from evener.spec.cluster import Device
 from evener.spec.model import DTYPE_BYTES
 from evener.spec.peaks import Peaks
 
-FORMAT = 6
+FORMAT = 7
 """Version of the stored form; a file of another version is measured again."""
 
 Floats = NDArray[np.float64]
@@ -62,6 +62,9 @@ class Rates(Struct, frozen=True):
     """Bytes per second of K and V read by decode attention."""
     op_ns: float
     """Host time to start one operator, nanoseconds."""
+    step_ns: float = 0.0
+    """What the worker computes for a batch beside its operators (message, tensors, answer), nanoseconds, where the
+    device does that itself. 0: the host does it, in `Profile.host_ns`."""
 
     def __post_init__(self) -> None:
         for what in ("read_bandwidth", "attention_flops", "attention_bandwidth", "op_ns"):
@@ -147,7 +150,7 @@ class Profile(Struct, frozen=True):
     source: Literal["measured", "published", "default"]
     """`published`: some devices by their makers' peaks; `default`: assumed figures, nothing was measured."""
     host_ns: int = 300_000
-    """Assumed control time per batch that no device can hide, until live spans replace it."""
+    """Assumed control time per batch that a device without `Rates.step_ns` cannot hide, until live spans replace it."""
     missing: tuple[str, ...] = ()
     """What could not be measured and is assumed instead, with the reason."""
     notes: tuple[str, ...] = ()
@@ -211,7 +214,13 @@ def bind(profile: Profile, devices: Sequence[Device]) -> Profile:
 # ---- assumed figures -------------------------------------------------------------------------------------------
 
 
-def _assumed(peaks: dict[str, float], half_rows: float, bandwidth: float, attention: float, op_ns: float) -> Rates:
+CPU_STEP_NS = 250_000.0
+"""`Rates.step_ns` of a worker on CPU cores: assumed, until live spans correct it."""
+
+
+def _assumed(
+    peaks: dict[str, float], half_rows: float, bandwidth: float, attention: float, op_ns: float, step_ns: float = 0.0
+) -> Rates:
     """Rates that rise with rows towards a peak (half of it at `half_rows`), below the memory roof."""
     tables = []
     for dtype, peak in peaks.items():
@@ -220,7 +229,7 @@ def _assumed(peaks: dict[str, float], half_rows: float, bandwidth: float, attent
             roof = 2 * rows * bandwidth / DTYPE_BYTES[dtype]
             points.append((rows, min(peak * rows / (rows + half_rows), roof)))
         tables.append(GemmRates(dtype, tuple(points)))
-    return Rates(tuple(tables), bandwidth, attention, bandwidth, op_ns)
+    return Rates(tuple(tables), bandwidth, attention, bandwidth, op_ns, step_ns)
 
 
 def default_rates(device: Device) -> Rates:
@@ -230,7 +239,8 @@ def default_rates(device: Device) -> Rates:
         half = {"fp32": 9.7e12, "bf16": 156e12, "fp16": 156e12, "int8": 312e12}
         return _assumed(half, 16.0, 1.0e12, 60e12, 5_000.0)
     n = max(1, len(device.cores))
-    return _assumed({"fp32": 40e9 * n, "bf16": 40e9 * n, "int8": 60e9 * n}, 2.0, 8e9 * n**0.7, 20e9 * n, 3_000.0)
+    peaks = {"fp32": 40e9 * n, "bf16": 40e9 * n, "int8": 60e9 * n}
+    return _assumed(peaks, 2.0, 8e9 * n**0.7, 20e9 * n, 3_000.0, CPU_STEP_NS)
 
 
 DEFAULT_COLLECTIVE = Collective("assumed", 2, ((2048, 15_000.0), (65_536, 60_000.0), (1 << 20, 600_000.0)))

@@ -74,6 +74,11 @@ class DeviceCosts:
         read = kv_heads * 2 * self.model.head_dim * self.kv_bytes / self.rates.attention_bandwidth * 1e9
         return max(read * self.stretch, self.pair_ns(heads))
 
+    def step_rows(self, rows: NDArray[np.int64]) -> Floats:
+        """What the worker computes for a batch beside its operators, once a stage."""
+        out: Floats = np.where(rows > 0, self.rates.step_ns * self.stretch, 0.0)
+        return out
+
     def ffn_rows(self, rows: NDArray[np.int64], columns: int) -> Floats:
         """One layer's feed-forward block over `columns` of the intermediate size."""
         return self._phase(rows, 3 * self.model.hidden * columns, 4 * self.model.hidden + 3 * columns, FFN_OPS)
@@ -117,7 +122,7 @@ class OwnTimes(NamedTuple):
     pair_ns: float
     key_ns: float
     by_rows: list[int]
-    """FFN and embedding."""
+    """FFN, embedding, and what the worker does beside."""
     by_sampled: list[int]
     chunk_ns: int
     sharers: int
@@ -162,9 +167,14 @@ class _StageTables:
             return time + np.where(nbytes > 0, _links_ns(links, nbytes, ranks), 0.0) if ranks > 1 else time
 
         activations = rows * model.hidden * costs[0].activation_bytes
-        ffn = [layers * c.ffn_rows(rows, size(sh.ffn)) for c, sh in zip(costs, stage.shards, strict=True)]
+        ffn = [
+            layers * c.ffn_rows(rows, size(sh.ffn)) + c.step_rows(rows)
+            for c, sh in zip(costs, stage.shards, strict=True)
+        ]
         moving = 2 * layers * collective(activations)
-        whole = _slowest(ffn) + np.where(rows > 0, float(profile.host_ns), 0.0)
+        # Whose workers take their own time for a batch wait for no host besides.
+        self.host_ns = 0 if all(c.rates.step_ns > 0 for c in costs) else profile.host_ns
+        whole = _slowest(ffn) + np.where(rows > 0, float(self.host_ns), 0.0)
         if first:
             embed = [c.embed_rows(rows, size(sh.embed_rows)) for c, sh in zip(costs, stage.shards, strict=True)]
             whole = whole + _slowest(embed)
@@ -173,7 +183,6 @@ class _StageTables:
         if not last:
             send = profile.collective_ns(2, activations.astype(np.float64))
             moving = moving + send + _links_ns([_no_delay(link) for link in pipe], activations)
-        self.host_ns = profile.host_ns
         self.by_rows = _table(whole + moving)
         self.moving_rows = _table(moving)
         """Of `by_rows`: collectives and sending."""

@@ -10,9 +10,11 @@ from collections import deque
 from msgspec import Struct
 
 from evener.cost.base import BatchShape, CostModel
+from evener.engine.answers import answers_of
 from evener.engine.batch import BatchResult
 from evener.engine.builder import BatchBuilder
 from evener.engine.events import Answer, Hold, IssueBatch
+from evener.engine.in_flight import InFlight
 from evener.engine.kv import BlockPool
 from evener.engine.policy import Policy
 from evener.engine.sequence import DecodeGroup, Sequence, State
@@ -35,26 +37,6 @@ class ReplicaConfig(Struct, frozen=True):
     static_batch: int = 32
     static_wait_ns: int = 100_000_000
     epoch: int = 0
-
-
-class InFlight:
-    """A batch that was issued and is not done."""
-
-    __slots__ = ("batch_id", "capped", "group", "late", "made_of", "rows", "shape", "step")
-
-    def __init__(
-        self, batch_id: int, group: DecodeGroup | None, rows: tuple[Sequence, ...], capped: list[Sequence],
-        shape: BatchShape, made_of: MakeUp,
-    ) -> None:  # fmt: skip
-        self.batch_id = batch_id
-        self.group = group
-        self.step = group.steps if group is not None else 0
-        self.rows = rows
-        self.capped = capped
-        self.shape = shape
-        self.made_of = made_of
-        self.late = 0
-        """Decode rows that ended before this batch was done: their tokens are thrown away."""
 
 
 class ReplicaEngine:
@@ -85,14 +67,16 @@ class ReplicaEngine:
         self.newly_preempted: list[str] = []
         """Request ids since the brain last looked."""
         self.waiting = WaitingQueue()
-        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self.free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._running = 0
-        self._prefilling: list[Sequence] = []
-        self._limbo: list[tuple[int, int, Sequence]] = []
-        self._capped: list[Sequence] = []
+        self.prompts: list[Sequence] = []
+        """Admitted, and not yet computed to the end."""
+        self.limbo: list[tuple[int, int, Sequence]] = []
+        """Ended, by the last batch that names them and their order."""
+        self.capped: list[Sequence] = []
         """Rows that sample their last token in the last step skipped."""
-        self._next_batch = 0
-        self._completed = -1
+        self.next_batch_id = 0
+        self.completed_id = -1
 
     # ---- what policies ask ------------------------------------------------------------------------------------
 
@@ -110,7 +94,7 @@ class ReplicaEngine:
 
     def prefilling(self) -> list[Sequence]:
         """Admitted sequences with prompt left, in order."""
-        return [s for s in self._prefilling if s.left > 0] if self._prefilling else []
+        return [s for s in self.prompts if s.left > 0] if self.prompts else []
 
     def waiting_rows(self) -> int:
         """Sequences that hold nothing yet."""
@@ -118,7 +102,7 @@ class ReplicaEngine:
 
     def takes_at_once(self) -> bool:
         """A slot is free beyond those that the waiting will get with the next batches."""
-        return self.waiting.rows < len(self._free_slots)
+        return self.waiting.rows < len(self.free_slots)
 
     def oldest_waiting(self) -> Nanoseconds:
         """Arrival of the first in the queue; there must be one."""
@@ -133,7 +117,7 @@ class ReplicaEngine:
     @property
     def batches_issued(self) -> int:
         """So far."""
-        return self._next_batch
+        return self.next_batch_id
 
     def has_work(self) -> bool:
         """Some sequence has not ended."""
@@ -141,12 +125,12 @@ class ReplicaEngine:
 
     def limbo_size(self) -> int:
         """Ended sequences whose last batch is still in flight."""
-        return len(self._limbo)
+        return len(self.limbo)
 
     def prefill_tokens_left(self) -> int:
         """Prompt tokens waiting or partly done."""
         tokens = self.waiting.tokens
-        for seq in self._prefilling:
+        for seq in self.prompts:
             tokens += seq.target - seq.computed
         return tokens
 
@@ -155,8 +139,8 @@ class ReplicaEngine:
 
         Where slots are short, that is the first in the queue and, for each slot more, a prompt of mean length.
         """
-        tokens = sum(s.left for s in self._prefilling)
-        free, waiting = len(self._free_slots), self.waiting
+        tokens = sum(s.left for s in self.prompts)
+        free, waiting = len(self.free_slots), self.waiting
         first = waiting.first() if free else None
         if first is None:
             return tokens
@@ -183,7 +167,7 @@ class ReplicaEngine:
 
         None if nobody waits or no slot is free; a Hold if blocks are short.
         """
-        if not self._free_slots or not self.waiting.rows:
+        if not self.free_slots or not self.waiting.rows:
             return None
         seq = self.waiting.first()
         if seq is None:
@@ -204,7 +188,7 @@ class ReplicaEngine:
         self._running += 1
         self.pool.hold(hits)
         seq.blocks = hits + (self.pool.allocate(need) or [])
-        seq.slot = self._free_slots.pop()
+        seq.slot = self.free_slots.pop()
         seq.computed = len(hits) * size
         if seq.first_answer:
             seq.cached = seq.computed
@@ -217,7 +201,7 @@ class ReplicaEngine:
         seq.last_batch = -1
         self.active[seq.slot] = seq
         self.table_changes[seq.slot] = list(seq.blocks)
-        self._prefilling.append(seq)
+        self.prompts.append(seq)
         build.admit(seq)
         return seq
 
@@ -232,7 +216,7 @@ class ReplicaEngine:
                 seq.blocks += got
                 self.table_changes.setdefault(seq.slot, []).extend(got)
                 continue
-            if any(s.state is State.PREEMPTED for _, _, s in self._limbo):
+            if any(s.state is State.PREEMPTED for _, _, s in self.limbo):
                 return False  # its blocks come back with the batches in flight
             victims = [s for s in self.active.values() if s.state in (State.PREFILL, State.DECODE)]
             victim = max(victims, key=lambda s: s.rank)
@@ -264,7 +248,7 @@ class ReplicaEngine:
 
     def prefilled(self, seq: Sequence, build: BatchBuilder) -> None:
         """The last chunk of `seq` was put into a batch: from here on it decodes."""
-        self._prefilling.remove(seq)
+        self.prompts.remove(seq)
         seq.length = seq.target + 1
         if seq.length - seq.request.prompt_len >= seq.request.max_tokens:
             seq.state = State.DRAINING
@@ -291,97 +275,26 @@ class ReplicaEngine:
         self.short_of_kv = False
         hold = self.policy.compose(self, build, now)
         if not build:
-            if hold is None and any(s.state is State.PREEMPTED for _, _, s in self._limbo):
+            if hold is None and any(s.state is State.PREEMPTED for _, _, s in self.limbo):
                 hold = Hold(self.index, "preempting", None)
             return hold
-        batch_id = self._next_batch
-        self._next_batch += 1
+        batch_id = self.next_batch_id
+        self.next_batch_id += 1
         batch, rows = build.finish(batch_id, self.config.epoch)
         stepped = build.group if batch.step else None
         made_of = MakeUp(batch.shape, build.recompute_tokens)
         self.in_flight.append(InFlight(batch_id, stepped, rows, build.capped, batch.shape, made_of))
         return IssueBatch(self.index, batch)
 
-    def steady_steps(self, most: int) -> int:
-        """How many of the next batches (up to `most`) are plain decode steps of the present rows, as far as known here.
-
-        In the last of them rows may sample their last token. Those in flight are plain steps already. True ends,
-        arrivals and cancellations may end that earlier, and are for the caller to see. 0 where that cannot be said,
-        though it may be so.
-        """
-        group = self.groups[0]
-        if (
-            len(self.groups) > 1 or not self.policy.repeats or len(self.in_flight) < self.config.depth
-            or not group.rows or group.pending or group.leaving or self._prefilling or self._limbo
-            or self.dropped_slots or self.table_changes
-            # Whoever waits for blocks goes on waiting; if nobody does, the next batch composed will say so.
-            or bool(self.waiting.rows and self._free_slots) is not self.short_of_kv
-        ):  # fmt: skip
-            return 0
-        rows = group.snapshot()
-        for record in self.in_flight:
-            if record.rows is not rows or record.capped:
-                return 0
-        steps = min(most, group.steps_to_cap() + 1)
-        available = self.pool.available
-        if available < len(rows) * (1 + steps // self.config.block_tokens):
-            while steps and sum(len(of) * count for of, count in group.blocks_of(steps)) > available:
-                steps //= 2
-        return steps
-
-    def skip(self, steps: int) -> None:
-        """Do at once what so many results and issues do, within `steady_steps`; `land` before anything else is done."""
-        group = self.groups[0]
-        for rows, count in group.blocks_of(steps):
-            blocks = self.pool.allocate(len(rows) * count)
-            assert blocks is not None, "a run of steps took more KV blocks than there were"
-            if count == 1:
-                for seq, block in zip(rows.values(), blocks, strict=True):
-                    seq.blocks.append(block)
-            else:
-                for k, seq in enumerate(rows.values()):
-                    seq.blocks += blocks[k * count : (k + 1) * count]
-        before = min(steps, group.steps_to_cap())
-        self._next_batch += steps
-        self._completed += steps
-        group.advance(self._next_batch - 1, before)
-        if before < steps:  # the last one
-            self._capped = group.last_tokens()
-            group.advance(self._next_batch - 1)
-            for seq in self._capped:
-                group.remove(seq)
-                seq.state = State.DRAINING
-
-    def land(self) -> int:
-        """After `skip`: the two steps issued last are in flight. The number of the first of them."""
-        group = self.groups[0]
-        rows = self.in_flight[-1].rows
-        n, context = len(rows), group.context
-        capped, self._capped = self._capped, []
-        for seq in capped:
-            context += seq.length
-        self.in_flight.clear()
-        for back in (2, 1):
-            shape = BatchShape(decode_rows=n, decode_context=context - n * back, sampled_rows=n)
-            record = InFlight(self._next_batch - back, group, rows, capped if back == 1 else [], shape, MakeUp(shape))
-            record.step = group.steps - back + 1
-            self.in_flight.append(record)
-        self.late_rows = 0
-        return self._next_batch - 2
-
     def batch_done(self, result: BatchResult) -> list[Answer]:
         """Account for the oldest batch in flight: new tokens, ends, freed blocks."""
         record = self.in_flight.popleft()
         assert record.batch_id == result.batch_id, f"batch {result.batch_id} done, expected {record.batch_id}"
-        self._completed = record.batch_id
+        self.completed_id = record.batch_id
         self.late_rows = record.late
         if record.group is not None:
             record.group.in_flight -= 1
-        if result.prompt_logprobs:
-            for slot, entries in result.prompt_logprobs.items():
-                if self.active[slot].first_answer:
-                    self.active[slot].prompt_logprobs.extend(entries)
-        answers = self._with_tokens(record, result) if result.tokens is not None else self._lengths_only(record, result)
+        answers = answers_of(self, record, result)
         self._release_completed()
         return answers
 
@@ -414,92 +327,17 @@ class ReplicaEngine:
         self.active.clear()
         self.waiting.clear()
         self._running = 0
-        self._prefilling.clear()
-        self._limbo.clear()
+        self.prompts.clear()
+        self.limbo.clear()
         self.in_flight.clear()
         self.table_changes.clear()
         self.dropped_slots.clear()
         self.pool = BlockPool(self.config.kv_blocks, self.policy.prefix_caching)
         self.groups = [DecodeGroup(g, self.config.block_tokens) for g in range(self.config.groups)]
-        self._free_slots = list(range(self.config.max_num_seqs - 1, -1, -1))
+        self.free_slots = list(range(self.config.max_num_seqs - 1, -1, -1))
         return sorted(left, key=lambda s: s.order)
 
     # ---- inside -----------------------------------------------------------------------------------------------
-
-    def _with_tokens(self, record: InFlight, result: BatchResult) -> list[Answer]:
-        assert result.tokens is not None
-        answers = []
-        for i, seq in enumerate(record.rows):
-            if seq.state is State.DONE:
-                continue
-            token = result.tokens[i]
-            request = seq.request
-            emitted: list[int] = []
-            finish: str | None = None
-            if request.max_tokens == 0:
-                finish = "length"
-            elif token in request.stop_token_ids:
-                finish = "stop"
-            else:
-                emitted = [token]
-                assert seq.tokens is not None
-                seq.tokens.append(token)
-                known = len(seq.tokens)
-                if (known - 1) % self.config.block_tokens == 0 and seq.state is State.DECODE:
-                    self.publish(seq, known - 1)
-                if known - request.prompt_len >= request.max_tokens:
-                    finish = "length"
-            logprobs = result.logprobs.get(i)
-            answers.append(
-                Answer(
-                    request_id=request.request_id,
-                    tokens=emitted,
-                    count=len(emitted),
-                    finish=finish,
-                    stop_token=token if finish == "stop" else None,
-                    logprobs=[logprobs] if logprobs is not None and emitted else None,
-                    prompt_logprobs=seq.prompt_logprobs if seq.first_answer and seq.prompt_logprobs else None,
-                    cached_tokens=seq.cached if seq.first_answer else 0,
-                )
-            )
-            seq.first_answer = False
-            seq.emitted += len(emitted)
-            self.output_tokens += len(emitted)
-            if finish is not None:
-                self.end(seq)
-        return answers
-
-    def _lengths_only(self, record: InFlight, result: BatchResult) -> list[Answer]:
-        answers: list[Answer] = []
-        for slot, count in result.ended:
-            seq = self.active[slot]
-            if seq.state is not State.DONE:
-                answers.append(self._counted(seq, count, "stop"))
-        for seq in record.capped:
-            if seq.state is not State.DONE:
-                answers.append(self._counted(seq, seq.request.max_tokens, "length"))
-        if not record.shape.chunks:
-            return answers
-        for seq in record.rows[record.shape.decode_rows :]:
-            if seq.first_answer and seq.state is not State.DONE:
-                answers.append(self._counted(seq, 1, None))
-        return answers
-
-    def _counted(self, seq: Sequence, total: int, finish: str | None) -> Answer:
-        count = total - seq.emitted
-        answer = Answer(
-            request_id=seq.request.request_id,
-            tokens=[],
-            count=count,
-            finish=finish,
-            cached_tokens=seq.cached if seq.first_answer else 0,
-        )
-        seq.first_answer = False
-        seq.emitted = total
-        self.output_tokens += count
-        if finish is not None:
-            self.end(seq)
-        return answer
 
     def _withdraw(self, seq: Sequence) -> None:
         """Take a sequence out of whatever would schedule it."""
@@ -507,7 +345,7 @@ class ReplicaEngine:
             seq.group.remove(seq)
             return
         if seq.state is State.PREFILL:
-            self._prefilling.remove(seq)
+            self.prompts.remove(seq)
         elif seq.state is State.DECODE:
             for group in self.groups:
                 if seq in group.pending:
@@ -523,21 +361,21 @@ class ReplicaEngine:
         self._retire(seq)
 
     def _retire(self, seq: Sequence) -> None:
-        if seq.last_batch <= self._completed:
+        if seq.last_batch <= self.completed_id:
             self._release(seq)
         else:
-            heapq.heappush(self._limbo, (seq.last_batch, seq.order, seq))
+            heapq.heappush(self.limbo, (seq.last_batch, seq.order, seq))
 
     def _release_completed(self) -> None:
-        limbo = self._limbo
-        while limbo and limbo[0][0] <= self._completed:
+        limbo = self.limbo
+        while limbo and limbo[0][0] <= self.completed_id:
             self._release(heapq.heappop(limbo)[2])
 
     def _release(self, seq: Sequence) -> None:
         self.pool.release(seq.blocks)
         self.table_changes.pop(seq.slot, None)
         del self.active[seq.slot]
-        self._free_slots.append(seq.slot)
+        self.free_slots.append(seq.slot)
         self.dropped_slots.append(seq.slot)
         seq.blocks, seq.slot, seq.published = [], -1, 0
         if seq.state is State.PREEMPTED:

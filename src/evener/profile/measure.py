@@ -187,7 +187,7 @@ class _Run:
             if flops is None or kv is None:
                 self.missing["attention rates are assumed"] = None
             kv = kv or min(bandwidth, assumed.attention_bandwidth)
-            out[d.name] = Rates(tuple(tables), bandwidth, flops or assumed.attention_flops, kv, op_ns)
+            out[d.name] = Rates(tuple(tables), bandwidth, flops or assumed.attention_flops, kv, op_ns, assumed.step_ns)
         return out
 
     def _collective(self, group: int, ranks: int, probes: dict[str, ProbeProcess]) -> Collective:

@@ -1,7 +1,7 @@
 """Fast-forward (law 9): runs of decode steps in which nothing can change skip the brain.
 
 A run begins when both batches in flight at a replica are plain decode steps of the same rows and its engine knows that
-the next `n` would be the same (`ReplicaEngine.steady_steps`: no row samples its last token before the last of them, KV
+the next `n` would be the same (`engine.steady.steady_steps`: no row samples its last token before the last of them, KV
 blocks suffice, nobody who waits could be admitted). It is bounded by the first true end too, which is known to the body
 alone. The times of all its steps follow from the cost model at once.
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from evener.brain import Brain
 from evener.cost.base import BatchShape, DecodeRun
+from evener.engine import steady
 from evener.engine.batch import BatchResult
 from evener.execute.sim.pipeline import ALL, Flight, Pipeline, SpanLedger, make_span, tell
 from evener.ledger.spans import MakeUp, Span
@@ -108,7 +109,7 @@ class Runs:
         if len(pipeline.free) != 1 or index in self._never:
             return False
         engine = self._brain.replicas[index]
-        steps = engine.steady_steps(MOST)
+        steps = steady.steady_steps(engine, MOST)
         if steps < LEAST:
             return False
         group = engine.groups[0]
@@ -157,7 +158,7 @@ class Runs:
     def _go(self, index: int, run: _Run, count: int) -> None:
         """The brain sees `count` results and issues as many steps."""
         engine = self._brain.replicas[index]
-        engine.skip(count)
+        steady.skip(engine, count)
         run.at += count
 
     def _land(self, index: int, run: _Run) -> None:
@@ -165,7 +166,7 @@ class Runs:
         pipeline = self._pipelines[index]
         engine = self._brain.replicas[index]
         flights = pipeline.in_flight
-        ahead = engine.land()
+        ahead = steady.land(engine)
         first_id = ahead + 2 - run.at
         group = pipeline.rows.groups[engine.groups[0].group_id]
         last = max(0, run.at - 2)
