@@ -28,7 +28,7 @@ static_assert(sizeof(Input) * STEP == 4, "a step of inputs is one lane");
 
 constexpr int64_t CELL_WEIGHTS = NR * GROUP;
 constexpr int64_t CELL = CELL_WEIGHTS + NR * 4;  // bytes
-constexpr int64_t AHEAD8 = 4 * CELL;             // from what is read to what is fetched
+constexpr int64_t AHEAD8 = CELL;             // from what is read to what is fetched
 
 #if defined(EVENER_DOT4)
 typedef vi Weights;
