@@ -49,8 +49,12 @@ EVENER_INLINE void scores8_of(const uint8_t* q, const float* q_scale, const int8
   }
   for (int64_t d = 0; d < dim; d += 4) {
     vi keys[N];
+    // In the order of memory.
+    if (AHEAD) {
+      const int8_t* ahead = next[d * N / dim] + (d * N % dim) * BLOCK;
+      EVENER_UNROLL for (int j = 0; j < N; ++j) prefetch(ahead + j * 64);
+    }
     EVENER_UNROLL for (int j = 0; j < N; ++j) {
-      if (AHEAD) prefetch(next[j] + d * BLOCK);
       keys[j] = bytes_at(k[j] + d * BLOCK);
       sum[j] = dot8(sum[j], 0x01010101, keys[j]);
     }
@@ -170,6 +174,19 @@ EVENER_INLINE float weight_halves(float* p, const int8_t* const* v, int blocks, 
   return any(lost) ? __builtin_nanf("") : step;
 }
 
+// What the kernels above do not fetch of the next key tile: the values' scales, and where this tile has fewer blocks than
+// that one, the rest.
+EVENER_INLINE void fetch_rest(const TileBlocks<int8_t>& at, int blocks, int64_t dim) {
+  const int64_t bytes = block_elements<int8_t>(dim);
+  for (int j = 0; j < KEY_TILE / BLOCK; ++j) {
+    if (j < blocks) {
+      prefetch(at.v_next[j] + dim * BLOCK);
+      continue;
+    }
+    for (int64_t i = 0; i < bytes; i += 64) prefetch(at.k_next[j] + i), prefetch(at.v_next[j] + i);
+  }
+}
+
 void attention8_tile(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
   const int64_t dim = a.head_dim;
   if (dim > MAX_DIM8) return attention_tile<int8_t>(a, t, scratch);
@@ -204,6 +221,7 @@ void attention8_tile(const AttentionArgs& a, const AttentionTile& t, float* scra
       softmax(p, first, first + r, blocks, dim, run, [&](int i) { return keys_read(t, i, key); });
       for (int i = first; i < first + r; ++i) p_scale[i] = weight_halves(p + i * KEY_TILE, at.v, blocks, dim);
       kernels.values[r](scores, p_scale + first, at.v, at.v_next, blocks, dim, run.out + first * dim);
+      if (first == 0) fetch_rest(at, blocks, dim);
     }
   }
   write_out(a, t, run, rows);
