@@ -40,9 +40,9 @@ SATURATED = ("output tok/s",)
 LOADED = ("TTFT mean, ms", "TTFT p90, ms", "TPOT mean, ms", "TPOT p90, ms")
 
 
-def plans(context: int, traffic_mix: str) -> dict[str, EngineOptions]:
+def plans(context: int, traffic_mix: str, dtype: str) -> dict[str, EngineOptions]:
     """One device, tensor, pipeline and data parallel, and unlike devices."""
-    common: dict[str, Any] = {"max_model_len": context, "traffic_mix": traffic_mix}
+    common: dict[str, Any] = {"max_model_len": context, "traffic_mix": traffic_mix, "dtype": dtype}
     two, unlike = ("cpu:0", "cpu:1"), ("cpu:0", "cpu:1,slowdown=2")
     return {
         "one device": make_options(devices=("cpu:0",), **common),
@@ -105,7 +105,7 @@ def _medians(lines: Sequence[Line | None]) -> tuple[float, float]:
 
 def measure(options: EngineOptions, trace: Trace, n: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Calibrate, serve saturated and loaded, predict."""
-    fit, other = Trace(trace.rows[n:]), Trace(trace.rows[:n])
+    fit, other = Trace(trace.rows[n:]), Trace(trace.rows[:n])  # whatever follows the first n calibrates
     print("  calibration", file=sys.stderr, flush=True)
     run(options, requests(fit), folder / "fit")
     costs = observe(folder / "fit").fit(1)
@@ -151,20 +151,22 @@ def _row(x: dict[str, Any]) -> list[object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, default=SHARED / "traces" / "azure2023_conv.csv")
-    parser.add_argument("--requests", type=int, default=300, help="to predict; as many others calibrate")
+    parser.add_argument("--requests", type=int, default=300, help="to predict")
+    parser.add_argument("--calibrate", type=int, default=100, help="requests after these, that the fit sees")
+    parser.add_argument("--dtype", default="int8", help="of weights and KV cache")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3, help="live runs of each")
     parser.add_argument("--only", help="plans whose names contain this")
     parser.add_argument("--keep", type=Path, help="folder for the recordings (default: thrown away)")
     args = parser.parse_args()
 
-    trace = read_trace(args.trace).first(2 * args.requests).within(args.context)
+    trace = read_trace(args.trace).first(args.requests + args.calibrate).within(args.context)
     size = len(trace.rows)
     prompt, answer = (sum(getattr(r, k) for r in trace.rows) / size for k in ("input_tokens", "output_tokens"))
     mix = f"in={prompt:.0f},out={answer:.0f}"
-    chosen = {k: v for k, v in plans(args.context, mix).items() if args.only is None or args.only in k}
+    chosen = {k: v for k, v in plans(args.context, mix, args.dtype).items() if args.only is None or args.only in k}
     if not chosen:
-        parser.error(f"--only {args.only!r}: plans are {', '.join(plans(args.context, mix))}")
+        parser.error(f"--only {args.only!r}: plans are {', '.join(plans(args.context, mix, args.dtype))}")
     results, rows = {}, []
     with TemporaryDirectory() as folder:
         for k, (name, options) in enumerate(chosen.items()):
@@ -179,6 +181,7 @@ def main() -> None:
     noise = [[k, f"{v['fit_error']:.1%}", *(f"{c:.1%}" for c in v["contended"])] for k, v in results.items()]
     print(markdown(["plan", "fit, error per span", "contended, saturated", "contended, loaded"], noise))
     settings = {"trace": args.trace.name, "requests": args.requests, "context": args.context, "rounds": args.rounds}
+    settings |= {"calibrate": args.calibrate, "dtype": args.dtype}
     if args.only is None:
         save("backtest", {"settings": settings, "targets": TARGETS, "plans": results})
 

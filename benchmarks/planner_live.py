@@ -63,9 +63,9 @@ SITUATIONS = (
 )
 
 
-def problem_of(s: Situation, requests: int) -> Problem:
+def problem_of(s: Situation, requests: int, dtype: str) -> Problem:
     """What the planner is told."""
-    prepared = prepare(make_options(devices=("cpu:0",)))
+    prepared = prepare(make_options(devices=("cpu:0",), dtype=dtype))
     devices = tuple(parse_device(text) for text in s.devices)
     cluster = Cluster(devices, links_of(s))
     profile: Profile = load_profile(cluster) or default_profile(devices)
@@ -74,7 +74,7 @@ def problem_of(s: Situation, requests: int) -> Problem:
     items = spread_items(parse_traffic_mix(s.mix), 1024, requests)
     return Problem(
         model=prepared.model, cluster=cluster, profile=profile, demand=demand_of(items), items=items,
-        memory=MemoryConfig(max_batch_tokens=512 + MAX_SEQS), kv_bytes=KV, max_num_seqs=MAX_SEQS, finite=True,
+        memory=MemoryConfig(dtype, dtype, 512 + MAX_SEQS), kv_bytes=KV, max_num_seqs=MAX_SEQS, finite=True,
     )  # fmt: skip
 
 
@@ -104,6 +104,7 @@ def measure(s: Situation, scored: Scored, problem: Problem) -> float:
             "plan": str(path),
             "devices": [d for d in s.devices if d.partition(",")[0] in scored.plan.devices()],
             "links": [(x.a, x.b, x.delay) for x in links_of(s) if {x.a, x.b} <= set(scored.plan.devices())],
+            "dtype": problem.memory.dtype,
             "items": [(i.input_tokens, i.output_tokens) for i in problem.items],
         }
         command = [sys.executable, __file__, "--child", json.dumps(job)]
@@ -123,7 +124,7 @@ def child(job: dict[str, Any]) -> None:
     links = tuple(Link(a, b, Seconds(delay)) for a, b, delay in job["links"])
     with LLM(
         plan=job["plan"], devices=tuple(job["devices"]), links=links, max_num_seqs=MAX_SEQS,
-        kv_cache_memory=f"{KV}B", max_model_len=1024,
+        kv_cache_memory=f"{KV}B", max_model_len=1024, dtype=job["dtype"],
     ) as llm:  # fmt: skip
         llm.generate([[7] * 64, [9] * 8], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
         began = time.perf_counter()
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--only", help="comma-separated numbers of situations, from 0")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="int8", help="of weights and KV cache")
     args = parser.parse_args()
     if args.child:
         child(json.loads(args.child))
@@ -148,7 +150,7 @@ def main() -> None:
     detail: list[list[object]] = []
     figures: dict[str, Any] = {}
     for s in picked:
-        problem = problem_of(s, args.requests)
+        problem = problem_of(s, args.requests, args.dtype)
         began = time.process_time()
         choice = choose_plan(problem)
         planned_s = time.process_time() - began
@@ -185,7 +187,7 @@ def main() -> None:
     print(markdown(["situation", "chosen", "predicted tok/s", "achieved tok/s", "best measured", "its tok/s",
                     "chosen over best", "planning CPU s"], summary))  # fmt: skip
     print(markdown(["situation", "plan", "devices", "predicted tok/s", "achieved tok/s", "error"], detail))
-    save("planner_live", {"summary": summary, "detail": detail, "figures": figures})
+    save("planner_live", {"dtype": args.dtype, "summary": summary, "detail": detail, "figures": figures})
 
 
 if __name__ == "__main__":

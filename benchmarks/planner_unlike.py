@@ -26,10 +26,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="int8", help="of weights and KV cache")
     args = parser.parse_args()
     table, figures = [], {}
     for s in GROUPS:
-        problem = problem_of(s, args.requests)
+        problem = problem_of(s, args.requests, args.dtype)
         choice = choose_plan(problem)
         plans: dict[str, Scored] = {"planner": Scored(choice.best.plan, choice.best.load)}
         plans |= {name: found for name, found in score_usual(problem) if isinstance(found, Scored)}
@@ -49,7 +50,7 @@ def main() -> None:
             table.append([s.name, name, shape, median(runs[name]), share])
         figures[s.name] = {"runs": runs, "plan": choice.best.plan.name, "predicted": choice.best.tokens_s}
     print(markdown(["speeds", "layout", "", "tok/s", "over the sum of each alone"], table))
-    save("planner_unlike", figures)
+    save("planner_unlike", {"dtype": args.dtype, "groups": figures})
 
 
 if __name__ == "__main__":
