@@ -97,16 +97,17 @@ def test_linear_over_int8(isa: str, rows: int, n: int, k: int, bias: bool, size:
     assert ((got.double() - expected).abs() <= allowed).all()
 
 
-def test_int8_of_nothing_and_of_what_is_not_finite(isa: str) -> None:
-    """Zeros are exact; NaN and infinity do not vanish in the quantisation."""
+@pytest.mark.parametrize("more", [0, 12, 25])
+def test_int8_of_nothing_and_of_what_is_not_finite(isa: str, more: int) -> None:
+    """Zeros are exact; NaN and infinity do not vanish in the quantisation, and reach no other row."""
     w = torch.randn(20, 100)
     w[3] = 0
     packed = kernels.pack_weight(w, torch.int8)
-    x = torch.randn(4, 100)
+    x = torch.randn(4 + more, 100)
     x[1], x[2, 70], x[3, 5] = 0, torch.inf, torch.nan
     got = kernels.linear(x, packed)
     assert got[0].isfinite().all() and (got[:2, 3] == 0).all() and (got[1] == 0).all()
-    assert got[2:].isnan().all()
+    assert got[2:4].isnan().all() and got[4:].isfinite().all()
 
 
 @use_fixture

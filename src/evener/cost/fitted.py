@@ -9,8 +9,8 @@ Operations fall into classes, and each class of each device has a factor on what
     head      logits and sampling, by sampled rows
     chunk     what every prefill chunk takes
 
-All-reduces and sends get a line by size instead (time per operation, time per byte), the host a time per batch and one
-per change. Where no batch says anything about a class, its factor stays near the others'.
+All-reduces and sends get a line by size instead (time per operation, time per byte), the host of devices that wait for
+it a time per batch and one per change. Where no batch says anything about a class, its factor stays near the others'.
 """
 
 from collections.abc import Mapping
@@ -143,7 +143,7 @@ class Corrections(Struct, frozen=True):
     collectives: tuple[Collective, ...] = ()
     """These replace the base model's for as many ranks."""
     host_ns: int | None = None
-    """Per batch; None: as the base model says."""
+    """Per batch, of devices without `Rates.step_ns`; None: as the base model says."""
     error: float = 0.0
     """Median relative error of a shard's compute time, on batches that the fit did not see."""
     base_error: float = 0.0

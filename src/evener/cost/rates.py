@@ -69,6 +69,8 @@ class Rates(Struct, frozen=True):
     def __post_init__(self) -> None:
         for what in ("read_bandwidth", "attention_flops", "attention_bandwidth", "op_ns"):
             _positive(what, getattr(self, what))
+        if not (math.isfinite(self.step_ns) and self.step_ns >= 0):
+            raise ValueError(f"step_ns is {self.step_ns}; it must be 0 or more")
 
     def gemm_ns(self, dtype: str, rows: NDArray[np.int64] | int) -> Floats:
         """Nanoseconds per weight (element of W) of a GEMM over `rows` rows; 0 for no rows.

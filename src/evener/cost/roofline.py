@@ -172,7 +172,7 @@ class _StageTables:
             for c, sh in zip(costs, stage.shards, strict=True)
         ]
         moving = 2 * layers * collective(activations)
-        # Whose workers take their own time for a batch wait for no host besides.
+        # A worker that takes its own time for a batch (`step_ns`) waits for no host besides.
         self.host_ns = 0 if all(c.rates.step_ns > 0 for c in costs) else profile.host_ns
         whole = _slowest(ffn) + np.where(rows > 0, float(self.host_ns), 0.0)
         if first:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Protocol
 
+from evener.cost.base import BatchShape
 from evener.engine.builder import BatchBuilder
 from evener.engine.events import Hold
 from evener.engine.sequence import DecodeGroup, Sequence
@@ -105,6 +106,8 @@ class EqualTime:
         if group is not None:
             self._rebalance(replica, group)
             build.step(group)
+        if not replica.prompts and not replica.waiting.rows:
+            return None
         target = self._target(replica)
         for seq in replica.prefilling():
             count = self._fit(replica, build, seq.computed, seq.left, target)
@@ -150,9 +153,15 @@ class EqualTime:
 
     def _grain(self, replica: ReplicaEngine, full: int) -> int:
         """The smallest chunk whose tokens cost, if it runs by itself, little more than those of a full one."""
-        whole = replica.chunk_ns(full, 0)
+
+        def cost(tokens: int) -> float:
+            # As many keys for each token, however long the chunk: cutting a prompt takes none away.
+            shape = BatchShape(prefill_tokens=tokens, prefill_pairs=tokens * (full + 1) // 2, chunks=1)
+            return replica.costs.batch_ns(replica.index, shape) / tokens
+
+        most = (1 + self.grain_loss) * cost(full)
         chunk = self.smallest_chunk
-        while chunk < full and replica.chunk_ns(chunk, 0) * full > (1 + self.grain_loss) * whole * chunk:
+        while chunk < full and cost(chunk) > most:
             chunk *= 2
         return min(chunk, full)
 
@@ -173,7 +182,8 @@ class EqualTime:
             return high
         if not fits(1):
             return 0
-        low = 1
+        # So much always fits.
+        low = max(1, min(high, self.smallest_chunk - build.prefill_tokens))
         while high - low > max(1, low // 16):
             mid = (low + high) // 2
             low, high = (mid, high) if fits(mid) else (low, mid)

@@ -47,12 +47,13 @@ EVENER_INLINE void scores8_of(const uint8_t* q, const float* q_scale, const int8
   if (AHEAD) {
     EVENER_UNROLL for (int j = 0; j < N; ++j) prefetch(next[j] + dim * BLOCK);
   }
+  int64_t block = 0, at = 0;  // what is fetched, in the order of memory: N lines of a block
   for (int64_t d = 0; d < dim; d += 4) {
     vi keys[N];
-    // In the order of memory.
     if (AHEAD) {
-      const int8_t* ahead = next[d * N / dim] + (d * N % dim) * BLOCK;
-      EVENER_UNROLL for (int j = 0; j < N; ++j) prefetch(ahead + j * 64);
+      EVENER_UNROLL for (int j = 0; j < N; ++j) prefetch(next[block] + at + j * 64);
+      at += N * 64;
+      if (N > 1 && at >= dim * BLOCK) ++block, at = 0;
     }
     EVENER_UNROLL for (int j = 0; j < N; ++j) {
       keys[j] = bytes_at(k[j] + d * BLOCK);
@@ -221,7 +222,7 @@ void attention8_tile(const AttentionArgs& a, const AttentionTile& t, float* scra
       softmax(p, first, first + r, blocks, dim, run, [&](int i) { return keys_read(t, i, key); });
       for (int i = first; i < first + r; ++i) p_scale[i] = weight_halves(p + i * KEY_TILE, at.v, blocks, dim);
       kernels.values[r](scores, p_scale + first, at.v, at.v_next, blocks, dim, run.out + first * dim);
-      if (first == 0) fetch_rest(at, blocks, dim);
+      if (first == 0 && r <= FEW && (key + KEY_TILE < limit || t.next)) fetch_rest(at, blocks, dim);
     }
   }
   write_out(a, t, run, rows);

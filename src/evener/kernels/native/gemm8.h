@@ -227,7 +227,7 @@ EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int32
       vi word = load_ints(words + v * W * 4);
       EVENER_UNROLL for (int r = 0; r < ROWS; ++r) dots[r][v] = less_zero(word, x_zero[g * m + r]);
     }
-    // Two cells ahead, on into the next panel: the processor's own prefetching stops at pages. Beyond the end is harmless.
+    // On into the next panel: the processor's own prefetching stops at pages. Beyond the end is harmless.
     // A few lines at a time, as only so many can be on their way.
     if (cold)
       for (int64_t i = CELL_WEIGHTS; i < CELL; i += LINE) __builtin_prefetch(cell + AHEAD8 + i, 0, 3);
