@@ -97,6 +97,20 @@ def test_linear_over_int8(isa: str, rows: int, n: int, k: int, bias: bool, size:
     assert ((got.double() - expected).abs() <= allowed).all()
 
 
+@use_fixture
+@given(rows=st.integers(1, 80), n=st.integers(1, 90), k=st.sampled_from([1, 64, 70, 576]), bias=st.booleans())
+def test_int8_by_tiles_gives_the_same_bits(isa: str, rows: int, n: int, k: int, bias: bool) -> None:
+    """Tile registers hold the same integers, and what follows is done in the same order."""
+    if isa != "avx512amx":
+        return
+    x, w, b = torch.randn(rows, k), torch.randn(n, k), torch.randn(n) if bias else None
+    by_tiles = kernels.linear(x, kernels.pack_weight(w, torch.int8), b)
+    kernels.set_isa("avx512bf16")
+    without = kernels.linear(x, kernels.pack_weight(w, torch.int8), b)
+    kernels.set_isa(isa)
+    assert torch.equal(by_tiles, without)
+
+
 @pytest.mark.parametrize("more", [0, 12, 25])
 def test_int8_of_nothing_and_of_what_is_not_finite(isa: str, more: int) -> None:
     """Zeros are exact; NaN and infinity do not vanish in the quantisation, and reach no other row."""
