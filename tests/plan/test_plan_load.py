@@ -65,7 +65,7 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, text: str, message: str) 
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidPlan, match=r"none.yaml does not exist; check the path given to --plan"):
+    with pytest.raises(InvalidPlan, match=r"none.yaml does not exist; check the path"):
         load_plan(tmp_path / "none.yaml", SMOL)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(InvalidPlan, match=r"binary.yaml cannot be read as text"):

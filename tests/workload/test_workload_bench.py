@@ -215,6 +215,13 @@ def test_offline_refuses_what_the_model_cannot_take(engine: FakeEngine, args: tu
     assert engine.closed == 1
 
 
+def test_a_server_is_named_with_url() -> None:
+    with pytest.raises(EvenerError, match=r"write --url http://127\.0\.0\.1:9"):
+        run("http://127.0.0.1:9", "--requests", "1")
+    with pytest.raises(EvenerError, match=r"no server at \S+: .*Connect call failed.*; start one or give --url"):
+        run("--url", "http://127.0.0.1:9", "--requests", "1")
+
+
 @pytest.mark.slow
 def test_ctrl_c_reports_what_was_done(url: str, script: Script) -> None:
     script.modes = ["ok", "ok", "hang"]

@@ -85,6 +85,8 @@ def bench(
     )  # fmt: skip
     todo = make_requests(traffic)
     warm = make_warm_up(traffic, warm_up) if warm_up else []
+    if (options.model or "").startswith(("http://", "https://")):
+        raise InvalidInput(f"{options.model} is a server, not a model; write --url {options.model}")
     _check_target(said(ctx), offline)
     if served is not None and options.model not in (None, served):
         raise InvalidInput(f"--model {served!r} and MODEL {options.model!r} differ; give one")

@@ -20,7 +20,7 @@ def load_plan(path: str | Path, model: ModelSpec) -> Plan:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InvalidPlan(f"plan file {path} does not exist; check the path given to --plan") from None
+        raise InvalidPlan(f"plan file {path} does not exist; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidPlan(f"plan file {path} cannot be read as text: {error}") from error
     try:

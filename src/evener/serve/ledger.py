@@ -130,7 +130,7 @@ async def _requests(given: dict[str, str], kept: Ledger) -> list[RequestView] | 
         ids = [i for i in ids if i == one or i.rpartition("-")[0] == one]
         if not ids:
             raise InvalidRequest(
-                f"request {one[:128]!r} is not followed (any more); the newest ones are listed with requests=1",
+                f"request {one[:128]!r} is not followed (any more); GET /ledger?requests=1 lists the newest ones",
                 "request",
             )
     elif not asked:

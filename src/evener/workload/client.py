@@ -80,7 +80,7 @@ class CompletionsClient:
         except TimeoutError as error:
             raise SendFailed("timeout", f"not done after {self._timeout_s:g} s") from error
         except aiohttp.ClientConnectorError as error:
-            raise SendFailed("connect", str(error)) from error
+            raise SendFailed("connect", f"no server answers at {self._url}: {error.os_error}") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise SendFailed("broken_stream", f"{type(error).__name__}: {error}") from error
 
@@ -158,6 +158,8 @@ async def ask_served(session: aiohttp.ClientSession, url: str, model: str | None
             body = await response.read()
             if response.status != 200:
                 raise Unavailable(f"{url}/v1/models answers {response.status}: {body[:200].decode(errors='replace')}")
+    except aiohttp.ClientConnectorError as error:  # whose own words are of TLS, whatever the address
+        raise Unavailable(f"no server at {url}: {error.os_error}; start one or give --url") from error
     except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
         raise Unavailable(f"no server at {url}: {error or type(error).__name__}; start one or give --url") from error
     try:
