@@ -54,6 +54,17 @@ def test_every_plan_is_valid_and_within_memory(seed: int, devices: int) -> None:
 @few
 @given(seeds)
 def test_a_device_more_or_a_faster_one_never_harms(seed: int) -> None:
+    check_that_more_never_harms(seed)
+
+
+@pytest.mark.xfail(strict=True, reason="splits follow a rule; the one that suited the slower device is not tried")
+@pytest.mark.parametrize("seed", [81093, 68584, 24154, 12902])
+def test_a_faster_device_that_the_search_wastes(seed: int) -> None:
+    """Known: four of 600 random changes lose more than the rule's steps explain."""
+    check_that_more_never_harms(seed)
+
+
+def check_that_more_never_harms(seed: int) -> None:
     rng = random.Random(seed)
     problem = make_problem(random_situation(rng, 4))
     names = [d.name for d in problem.cluster.devices]
@@ -66,9 +77,8 @@ def test_a_device_more_or_a_faster_one_never_harms(seed: int) -> None:
     if now is not None and device.slowdown > 1:
         faster = best(with_slowdown(problem, index, 1 + (device.slowdown - 1) / 2))
         # Whole heads and layers move in steps: a part that suited the old speed exactly may not suit the new one, the
-        # more so where memory allows only some splits. Splits are sought by rule, not all tried: of 600 such changes
-        # four lost more than 1%, the worst 2%, where memory was short 25%.
-        slack = 0.95 if device.memory is None else 0.7
+        # more so where memory allows only some splits.
+        slack = 0.99 if device.memory is None else 0.9
         assert faster is not None and faster.load.requests_s >= now.load.requests_s * slack
 
 
