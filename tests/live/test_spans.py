@@ -1,6 +1,7 @@
 """What a worker makes of its stamps, with clocks and kernel counters that a test can set."""
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -9,9 +10,9 @@ from hypothesis import strategies as st
 
 from evener.execute.live import spans as module
 from evener.execute.live.kernel_time import Helpers, KernelTime
-from evener.execute.live.pace import Pace
 from evener.execute.live.spans import SpanMaker
 from evener.execute.live.transport.base import Stamp
+from evener.execute.live.transport.shm import Pace
 from evener.ledger.spans import Op, Span
 from evener.units import Nanoseconds as Ns
 
@@ -61,11 +62,21 @@ class Kernel:
         pass
 
 
+class Payer:
+    """Stands in for a Pace: what a declared slow-down has slept, and used for it, is what the test says."""
+
+    def __init__(self) -> None:
+        self.slept_ns = self.spent_ns = 0
+
+    def idled(self, cpu: int) -> None:
+        """Nothing depends on it here."""
+
+
 class World:
     """A worker's clocks, and its span maker."""
 
-    def __init__(self, threads: int = 1, segments: bool = False, slowdown: float = 1.0) -> None:
-        self.clock, self.kernel, self.pace = Clock(), Kernel(), Pace(slowdown)
+    def __init__(self, threads: int = 1, segments: bool = False) -> None:
+        self.clock, self.kernel, self.pace = Clock(), Kernel(), Payer()
         module.time = self.clock  # type: ignore[assignment]
         self.maker = SpanMaker(0, 1, 2, 3, self.pace, self.kernel, threads, segments)  # type: ignore[arg-type]
 
@@ -131,12 +142,15 @@ def test_a_late_wake_is_contended_and_no_transfer() -> None:
 
 
 def test_a_declared_sleep_is_the_devices_own_work() -> None:
-    w = World(slowdown=2.0)
+    w = World()
     w.clock.run(4 * MS)
-    w.clock.run(4 * MS, cpu=0)
+    w.clock.run(5 * MS, cpu=MS)
     w.pace.slept_ns += 4 * MS
+    w.pace.spent_ns += MS
     span = w.span()
-    assert (span.compute, span.cpu, span.contended) == (8 * MS, 4 * MS, 0)
+    assert (span.cpu, span.contended) == (4 * MS, 0)
+    assert span.compute == 8 * MS, "what sleeping took of the processor is no work of the device"
+    assert w.maker.wait_cpu == MS
 
 
 def test_idle_time_belongs_to_no_span() -> None:
@@ -223,8 +237,32 @@ def test_steal_of_an_idle_time_explains_no_later_stall(monkeypatch: pytest.Monke
 def test_a_slow_device_owes_for_all_but_its_operations() -> None:
     """Also for the calls around them, so that it takes `slowdown` times its CPU time."""
     pace = Pace(3.0)
-    pace.owed_ns = 0.0
-    start = pace._cpu_ns
-    pace.skip(Stamp(Ns(0), Ns(0), Ns(0), Ns(start + 5_000), Ns(start + 90_000)))
-    pace.skip(Stamp(Ns(0), Ns(0), Ns(0), Ns(start + 91_000), Ns(start + 99_000)))
+    start = time.thread_time_ns()
+    pace.idled(start)
+    pace.skip(start + 5_000, start + 90_000)
+    pace.skip(start + 91_000, start + 99_000)
     assert pace.owed_ns == (5_000 + 1_000) * 2
+
+
+def test_a_slow_device_sleeps_what_it_owes() -> None:
+    pace = Pace(3.0)
+    begin = time.thread_time_ns()
+    pace.idled(begin)
+    while time.thread_time_ns() - begin < 5 * MS:
+        pass
+    pace.pay()
+    assert pace.owed_ns <= 0, "it sleeps all of it, or longer"
+    assert pace.slept_ns >= 2 * 5 * MS - pace.spent_ns
+    assert -pace.owed_ns <= pace.slept_ns, "what it slept too long is its due for the next time"
+    idle = pace.owed_ns
+    pace.idled(time.thread_time_ns())
+    assert pace.owed_ns == idle, "time without work owes nothing"
+
+
+def test_a_device_that_is_not_slow_owes_nothing() -> None:
+    pace = Pace(1.0)
+    pace.pay()
+    assert (pace.owed_ns, pace.slept_ns, pace.spent_ns) == (0, 0, 0)
+    for wrong in (0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite number from 1 up"):
+            Pace(wrong)

@@ -1,5 +1,6 @@
 """Whole layers with their sums in native code: the same bits and stamps as one by one, the same end of a lost peer."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ from ranks import in_threads, names, with_group
 from evener.errors import WorkerLost
 from evener.execute.live.transport.base import Stamp
 from evener.execute.live.transport.layout import GroupSpec, SegmentLayout
-from evener.execute.live.transport.shm import Segment, ShmGroup
+from evener.execute.live.transport.shm import Pace, Segment, ShmGroup
 from evener.kernels import Layers, LayerShape, PackedWeight, pack_weight
 from evener.units import Seconds
 
@@ -103,6 +104,27 @@ def test_a_declared_link_delays_every_sum() -> None:
 
     for stamps in with_group(GroupSpec(names(2), delay=Seconds(delay)), body):
         assert all(s.ended - s.arrived >= delay * 1e9 for s in stamps)
+
+
+def test_a_slow_rank_pays_before_every_sum() -> None:
+    """What it owes for a half is slept before that half's sum, where its peer sees it as computing."""
+    layout = SegmentLayout.plan([GroupSpec(names(2))])
+    segment = Segment.create(layout)
+
+    def body(rank: int) -> tuple[torch.Tensor, list[Stamp], Pace | None]:
+        pace = Pace(200.0) if rank == 1 else None  # these layers are small: every half owes far more than it takes
+        group, layers = ShmGroup(segment, layout.groups[0], rank, pace=pace), make_layers(rank)
+        x = X.clone()
+        return x, group.run_layers(layers, layers.batch(make_batch()), x), pace
+
+    (x, fast, _), (same, slow, pace) = in_threads(2, body)
+    segment.close()
+    assert torch.equal(x, same)
+    assert pace is not None
+    between = [after.cpu_entered - before.cpu_ended for before, after in pairwise(slow)]
+    gaps = [after.entered - before.ended for before, after in pairwise(slow)]
+    assert sum(gaps) >= 200 * (sum(between) - pace.spent_ns) + min(0.0, pace.owed_ns)
+    assert sum(s.arrived - s.entered for s in slow) < sum(s.arrived - s.entered for s in fast)
 
 
 def test_a_lost_peer_ends_the_layers() -> None:

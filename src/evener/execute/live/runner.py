@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from evener.engine.batch import Batch, BatchResult, TokenLogprobs
-from evener.execute.live.pace import Pace
 from evener.execute.live.sampler import Sampler
 from evener.execute.live.slots import Sampling, Slots
 from evener.execute.live.transport.base import Group, Pipe
+from evener.execute.live.transport.shm import Pace
 from evener.model.decoder import StageModel
 from evener.model.inputs import Rows
 

@@ -12,8 +12,8 @@ import torch
 from msgspec import structs
 
 from evener.execute.live.kernel_time import KernelTime
-from evener.execute.live.pace import Pace
 from evener.execute.live.transport.base import Group, Pipe, RunsLayers, Stamp
+from evener.execute.live.transport.shm import Pace
 from evener.kernels.layers import Batch, Layers
 from evener.ledger.spans import Op, Segment, Span, Traffic
 from evener.units import Nanoseconds
@@ -41,11 +41,11 @@ class SpanMaker:
         self._unexplained: list[int] = []
         """Per span: off the CPU while it computed, and no run-queue wait to show for it."""
         self.wait_cpu = 0
-        """CPU time inside operations so far: spinning and copying."""
+        """CPU time inside operations so far: spinning and copying, and what a declared slow-down takes to pay."""
         self.idle_cpu = 0
         """CPU time between spans so far: polling and reporting."""
         self._helpers = kernel.helpers()
-        self._began = self._cpu = self._delay = self._slept = self._idle_delay = 0
+        self._began = self._cpu = self._delay = self._slept = self._spent = self._idle_delay = 0
         self.woken()
         self.idle_cpu = 0
 
@@ -62,7 +62,8 @@ class SpanMaker:
         delay = self._kernel.delay()
         self.idle_cpu += cpu - self._cpu
         self._idle_delay = delay - self._delay
-        self._cpu, self._delay, self._slept = cpu, delay, self._pace.slept_ns
+        self._cpu, self._delay, self._slept, self._spent = cpu, delay, self._pace.slept_ns, self._pace.spent_ns
+        self._pace.idled(cpu)
 
     def finished(self, batch_id: int) -> None:
         """The batch is done here, its results are sent."""
@@ -85,6 +86,7 @@ class SpanMaker:
         bubble = sum(kind[2] for kind in kinds[_TO_ALL + 1 :])
         moving = sum(kind[3] for kind in kinds)
         own_wall = ended - self._began - straggler - bubble - moving
+        wait_cpu += self._pace.spent_ns - self._spent
         own_cpu = cpu - self._cpu - wait_cpu
         self.wait_cpu += wait_cpu
         slept = self._pace.slept_ns - self._slept
@@ -123,7 +125,7 @@ class SpanMaker:
         self._unexplained.append(unexplained)
         self.log.clear()
         self._began, self._cpu, self._delay, self._idle_delay = ended, cpu, delay, 0
-        self._slept = self._pace.slept_ns
+        self._slept, self._spent = self._pace.slept_ns, self._pace.spent_ns
 
     def take(self) -> tuple[Span, ...]:
         """The spans since the last call, in order."""

@@ -6,7 +6,7 @@ from evener.execute.live.runner import Wiring
 from evener.execute.live.transport.base import Group, Pipe
 from evener.execute.live.transport.layout import SegmentLayout
 from evener.execute.live.transport.segment import Segment
-from evener.execute.live.transport.shm import ShmGroup, ShmPipe
+from evener.execute.live.transport.shm import Pace, ShmGroup, ShmPipe
 from evener.ledger.spans import Op
 from evener.spec.plan import Replica
 from evener.units import Seconds
@@ -20,12 +20,13 @@ def connect(
     rank: int,
     deadline: Seconds,
     spin: Seconds,
+    pace: Pace | None,
     wrap_group: Callable[[Group], Group],
     wrap_pipe: Callable[[Pipe, Op], Pipe],
 ) -> Wiring:
-    """Open this rank's ends. `spin`: how long a wait may keep its core.
+    """Open this rank's ends. `spin`: how long a wait may keep its core. `pace`: of a device with a slow-down.
 
-    `wrap_*` decorate them (slow-downs, spans); for a pipe with what receiving from it means, RECV or TOKENS.
+    `wrap_*` decorate them (spans); for a pipe with what receiving from it means, RECV or TOKENS.
     """
     here = replica.stages[stage].shards[rank].device
     first = {sh.device for sh in replica.stages[0].shards}
@@ -38,13 +39,13 @@ def connect(
     if segment is not None:
         for region in layout.groups:
             if here in region.spec.devices:
-                group = wrap_group(ShmGroup(segment, region, rank, deadline, spin))
+                group = wrap_group(ShmGroup(segment, region, rank, deadline, spin, pace))
         for pipe in layout.pipes:
             if here not in (pipe.spec.sender, pipe.spec.receiver):
                 continue
             role = "send" if pipe.spec.sender == here else "recv"
             tokens = pipe.spec.receiver in first
-            end = wrap_pipe(ShmPipe(segment, pipe, role, deadline, spin), Op.TOKENS if tokens else Op.RECV)
+            end = wrap_pipe(ShmPipe(segment, pipe, role, deadline, spin, pace), Op.TOKENS if tokens else Op.RECV)
             if role == "send" and tokens and last:
                 tokens_out.append(end)
             elif role == "send":

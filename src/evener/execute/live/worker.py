@@ -19,7 +19,6 @@ from evener import kernels
 from evener.errors import EvenerError, WorkerLost
 from evener.execute.live.inbox import Inbox
 from evener.execute.live.kernel_time import KernelTime
-from evener.execute.live.pace import Pace, PacedGroup, PacedPipe
 from evener.execute.live.runner import Runner
 from evener.execute.live.sampler import Sampler
 from evener.execute.live.slots import Slots
@@ -27,7 +26,7 @@ from evener.execute.live.spans import SpanMaker, TimedGroup, TimedPipe
 from evener.execute.live.topology import layout_of
 from evener.execute.live.transport.base import Group, Pipe
 from evener.execute.live.transport.segment import Segment
-from evener.execute.live.transport.shm import SPIN
+from evener.execute.live.transport.shm import SPIN, Pace
 from evener.execute.live.wire import Done, Lost, Ready, Stop, WorkerConfig, encode
 from evener.execute.live.wiring import connect
 from evener.ledger.spans import Op
@@ -87,20 +86,18 @@ def load(config: WorkerConfig) -> Loaded:
             config.replica_index, config.stage, config.rank, config.epoch, pace, kernel, threads, config.trace_segments
         )
 
-    # What is owed is slept before an operation and belongs to the device's own time, so pace is outside.
     def wrap_group(group: Group) -> Group:
-        group = TimedGroup(group, spans) if spans is not None else group
-        return PacedGroup(group, pace) if device.slowdown > 1.0 else group
+        return TimedGroup(group, spans) if spans is not None else group
 
     def wrap_pipe(pipe: Pipe, received: Op) -> Pipe:
-        pipe = TimedPipe(pipe, spans, received) if spans is not None else pipe
-        return PacedPipe(pipe, pace) if device.slowdown > 1.0 else pipe
+        return TimedPipe(pipe, spans, received) if spans is not None else pipe
 
     wiring = connect(
         Segment.attach(config.segment_fd) if config.segment_fd >= 0 else None,
         layout_of(replica, config.links, config.spec.hidden, config.max_batch_tokens),
         replica, config.stage, config.rank, Seconds(config.wait_deadline_s),
-        Seconds(0.0) if config.shares_core else SPIN, wrap_group, wrap_pipe,
+        Seconds(0.0) if config.shares_core else SPIN,
+        pace if device.slowdown > 1.0 else None, wrap_group, wrap_pipe,
     )  # fmt: skip
     sampler = Sampler(wiring.group, config.rank, shard.head_rows, config.spec.vocab) if last else None
     slots = Slots(config.max_num_seqs, config.max_model_len, config.block_tokens)

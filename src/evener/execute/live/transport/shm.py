@@ -46,6 +46,10 @@ SPIN = Seconds(100e-6)
 """Longest spin before a sleep; twice what falling asleep and being woken costs. Shorter while waits last longer, none
 while a missing peer was last seen on this rank's own core. Pass 0 to ranks that share cores with other replicas."""
 
+Pace = _shm.Pace
+"""A declared slow-down, so that real ranks behave as unlike hardware on any machine: a device owes `(slowdown - 1)`
+times the CPU time of its thread, and sleeps it before the next operation that others can see (`pay`)."""
+
 _SUMMABLE = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -57,8 +61,10 @@ class ShmGroup:
     """
 
     def __init__(
-        self, segment: Segment, region: GroupRegion, rank: int, deadline: Seconds = DEADLINE, spin: Seconds = SPIN
-    ) -> None:
+        self, segment: Segment, region: GroupRegion, rank: int, deadline: Seconds = DEADLINE, spin: Seconds = SPIN,
+        pace: Pace | None = None,
+    ) -> None:  # fmt: skip
+        """`pace`: of a device with a declared slow-down."""
         self.rank = rank
         self.size = len(region.spec.devices)
         self._spec = region.spec
@@ -67,7 +73,7 @@ class ShmGroup:
         self._linked = region.spec.delay > 0 or region.spec.bandwidth is not None
         self._native: _shm.Group | None = _shm.Group(
             segment.native, region.offset, region.first_bell, rank, self.size, region.spec.slot_bytes,
-            DIRECT_BYTES, ns(deadline), ns(spin),
+            DIRECT_BYTES, ns(deadline), ns(spin), pace,
         )  # fmt: skip
 
     def all_reduce(self, t: torch.Tensor) -> Stamp:
@@ -163,9 +169,10 @@ class ShmPipe:
     """
 
     def __init__(
-        self, segment: Segment, region: PipeRegion, role: str, deadline: Seconds = DEADLINE, spin: Seconds = SPIN
-    ) -> None:
-        """`role`: "send" or "recv"."""
+        self, segment: Segment, region: PipeRegion, role: str, deadline: Seconds = DEADLINE, spin: Seconds = SPIN,
+        pace: Pace | None = None,
+    ) -> None:  # fmt: skip
+        """`role`: "send" or "recv". `pace`: of a device with a declared slow-down."""
         if role not in ("send", "recv"):
             raise ValueError(f"pipe role {role!r}; it is send or recv")
         spec = region.spec
@@ -175,7 +182,7 @@ class ShmPipe:
         self._peer = spec.receiver if role == "send" else spec.sender
         self._native: _shm.Pipe | None = _shm.Pipe(
             segment.native, region.offset, region.first_bell, role == "send", spec.capacity, ns(deadline), ns(spin),
-            ns(spec.delay), NS_PER_S / spec.bandwidth if spec.bandwidth else 0.0,
+            ns(spec.delay), NS_PER_S / spec.bandwidth if spec.bandwidth else 0.0, pace,
         )  # fmt: skip
 
     def send(self, t: torch.Tensor) -> Stamp:

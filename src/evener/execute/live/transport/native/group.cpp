@@ -33,9 +33,10 @@ uint64_t Group::region_bytes(int size, uint64_t slot_bytes) {
 }
 
 Group::Group(const Segment& segment, uint64_t offset, uint64_t first_bell, int rank, int size, uint64_t slot_bytes,
-             uint64_t direct_bytes, int64_t deadline_ns, int64_t spin_ns)
+             uint64_t direct_bytes, int64_t deadline_ns, int64_t spin_ns, Pace* pace)
     : map_(segment.map()),
       waiter_(map_, first_bell + uint64_t(std::max(rank, 0)), deadline_ns, spin_ns),
+      pace_(pace),
       first_bell_(first_bell),
       rank_(rank),
       size_(size),
@@ -60,6 +61,7 @@ Group::Group(const Segment& segment, uint64_t offset, uint64_t first_bell, int r
 
 Group::Entry Group::enter(Gil& gil, Op op, int dtype, uint64_t bytes) {
   waiter_.check();
+  if (pace_) pace_->pay(gil);
   const int64_t cpu = cpu_ns();
   Entry e{gil, cpu, now_ns(), 0, uint64_t(op) << 62 | uint64_t(dtype) << 58 | bytes, waiter_.sleeps()};
   RankLine& mine = line(rank_);
@@ -104,6 +106,7 @@ Stamp Group::leave(Entry& e, int64_t floor_ns) {
   ++op_;
   if (floor_ns > 0) waiter_.sleep_until(e.gil, e.arrived + floor_ns);
   const int64_t cpu = waiter_.cpu_after(e.cpu_entered, e.entered, e.sleeps);
+  if (pace_) pace_->skip(e.cpu_entered, cpu);
   return {e.entered, e.arrived, now_ns(), e.cpu_entered, cpu};
 }
 

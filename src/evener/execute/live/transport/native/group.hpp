@@ -7,8 +7,8 @@
 
 #include <exception>
 
+#include "pace.hpp"
 #include "sum.hpp"
-#include "wait.hpp"
 
 namespace evener {
 
@@ -27,9 +27,9 @@ struct Mismatch {
 class Group {
  public:
   // Region of the segment: `size` rank lines, then two slots for each rank. The same arguments, but for `rank`, on
-  // every rank.
+  // every rank. pace (or nullptr): paid before each operation; outlives the group.
   Group(const Segment& segment, uint64_t offset, uint64_t first_bell, int rank, int size, uint64_t slot_bytes,
-        uint64_t direct_bytes, int64_t deadline_ns, int64_t spin_ns);
+        uint64_t direct_bytes, int64_t deadline_ns, int64_t spin_ns, Pace* pace);
   static uint64_t region_bytes(int size, uint64_t slot_bytes);
 
   // Raw tensors: addresses and byte or element counts. floor_ns: the operation ends no earlier than this long after
@@ -80,6 +80,7 @@ class Group {
 
   std::shared_ptr<Mapping> map_;
   Waiter waiter_;
+  Pace* pace_;
   char *base_, *slots_;
   uint64_t first_bell_;
   int rank_, size_;

@@ -75,10 +75,25 @@ NB_MODULE(_shm, m) {
 
   m.attr("SUM") = reinterpret_cast<uintptr_t>(&Group::sum_for_native);
 
+  nb::class_<Pace>(m, "Pace")
+      .def(nb::init<double>(), "slowdown"_a)
+      .def("pay",
+           [](Pace& p) {
+             Gil gil;
+             p.pay(gil);
+           })
+      .def("skip", &Pace::skip)
+      .def("idled", &Pace::idled)
+      .def_prop_ro("slowdown", &Pace::slowdown)
+      .def_prop_ro("owed_ns", &Pace::owed)
+      .def_prop_ro("slept_ns", &Pace::slept)
+      .def_prop_ro("spent_ns", &Pace::spent);
+
   nb::class_<Group>(m, "Group")
-      .def(nb::init<const Segment&, uint64_t, uint64_t, int, int, uint64_t, uint64_t, int64_t, int64_t>(),
+      .def(nb::init<const Segment&, uint64_t, uint64_t, int, int, uint64_t, uint64_t, int64_t, int64_t,
+                    Pace*>(),
            "segment"_a, "offset"_a, "first_bell"_a, "rank"_a, "size"_a, "slot_bytes"_a, "direct_bytes"_a,
-           "deadline_ns"_a, "spin_ns"_a)
+           "deadline_ns"_a, "spin_ns"_a, "pace"_a.none(), nb::keep_alive<1, 11>())
       .def_prop_ro("operations", &Group::operations)
       .def_prop_ro("address", [](Group& g) { return reinterpret_cast<uintptr_t>(&g); })
       .def("rethrow", &Group::rethrow)
@@ -90,9 +105,9 @@ NB_MODULE(_shm, m) {
                             int64_t floor_ns) { return as_tuple(g.all_to_all(t, out, bytes_each, floor_ns)); });
 
   nb::class_<Pipe>(m, "Pipe")
-      .def(nb::init<const Segment&, uint64_t, uint64_t, bool, uint64_t, int64_t, int64_t, int64_t, double>(),
+      .def(nb::init<const Segment&, uint64_t, uint64_t, bool, uint64_t, int64_t, int64_t, int64_t, double, Pace*>(),
            "segment"_a, "offset"_a, "first_bell"_a, "sender"_a, "capacity"_a, "deadline_ns"_a, "spin_ns"_a,
-           "delay_ns"_a, "ns_per_byte"_a)
+           "delay_ns"_a, "ns_per_byte"_a, "pace"_a.none(), nb::keep_alive<1, 11>())
       .def("send", [](Pipe& p, uintptr_t t, uint64_t bytes) { return as_tuple(p.send(t, bytes)); })
       .def("recv", [](Pipe& p, uintptr_t out, uint64_t bytes) { return as_tuple(p.recv(out, bytes)); })
       .def("poll", &Pipe::poll);

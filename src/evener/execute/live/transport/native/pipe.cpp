@@ -20,9 +20,11 @@ uint64_t padded(uint64_t n) { return (n + kLine - 1) / kLine * kLine; }
 uint64_t Pipe::region_bytes(uint64_t capacity) { return kPage + (capacity + kPage - 1) / kPage * kPage; }
 
 Pipe::Pipe(const Segment& segment, uint64_t offset, uint64_t first_bell, bool sender, uint64_t capacity,
-           int64_t deadline_ns, int64_t spin_ns, int64_t delay_ns, double ns_per_byte)
+           int64_t deadline_ns, int64_t spin_ns, int64_t delay_ns, double ns_per_byte,
+           Pace* pace)
     : map_(segment.map()),
       waiter_(map_, first_bell + (sender ? 0 : 1), deadline_ns, spin_ns),
+      pace_(pace),
       peers_bell_(map_->bell(first_bell + (sender ? 1 : 0))),
       sender_(sender),
       capacity_(capacity),
@@ -78,6 +80,7 @@ void Pipe::copy_out(uint64_t at, char* to, uint64_t n) {
 
 Stamp Pipe::send(uintptr_t t, uint64_t bytes) {
   Gil gil;
+  if (pace_) pace_->pay(gil);
   if (bytes > kReleaseBytes) gil.release();
   const int64_t cpu_entered = cpu_ns(), entered = enter();
   int64_t arrived = entered, due = entered;
@@ -99,6 +102,7 @@ Stamp Pipe::send(uintptr_t t, uint64_t bytes) {
     publish(at += need);
   }
   const int64_t cpu = cpu_ns(), ended = now_ns();
+  if (pace_) pace_->skip(cpu_entered, cpu);
   return {entered, std::min(arrived, ended), ended, cpu_entered, cpu};
 }
 
@@ -130,6 +134,7 @@ Stamp Pipe::recv(uintptr_t out, uint64_t bytes) {
   }
   if (m.due > now_ns()) waiter_.sleep_until(gil, m.due);
   const int64_t cpu = cpu_ns();
+  if (pace_) pace_->skip(cpu_entered, cpu);
   return {entered, std::max(entered, m.entered), now_ns(), cpu_entered, cpu};
 }
 

@@ -12,8 +12,10 @@ class Pipe {
  public:
   // Region: two control lines and the ring. bells: first_bell for the sender, first_bell + 1 for the receiver.
   // due = entered + serialisation (bytes over bandwidth, one message after the other) + delay.
+  // pace (or nullptr): paid before each send; outlives the pipe.
   Pipe(const Segment& segment, uint64_t offset, uint64_t first_bell, bool sender, uint64_t capacity,
-       int64_t deadline_ns, int64_t spin_ns, int64_t delay_ns, double ns_per_byte);
+       int64_t deadline_ns, int64_t spin_ns, int64_t delay_ns, double ns_per_byte,
+       Pace* pace);
   static uint64_t region_bytes(uint64_t capacity);
 
   Stamp send(uintptr_t t, uint64_t bytes);   // throws Aborted, Late
@@ -43,6 +45,7 @@ class Pipe {
 
   std::shared_ptr<Mapping> map_;
   Waiter waiter_;
+  Pace* pace_;
   Bell& peers_bell_;
   End* ends_;
   char* ring_;

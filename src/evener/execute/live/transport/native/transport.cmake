@@ -7,6 +7,7 @@ nanobind_add_module(_shm NB_STATIC NOMINSIZE
   src/evener/execute/live/transport/native/module.cpp
   src/evener/execute/live/transport/native/segment.cpp
   src/evener/execute/live/transport/native/wait.cpp
+  src/evener/execute/live/transport/native/pace.cpp
   src/evener/execute/live/transport/native/sum.cpp
   src/evener/execute/live/transport/native/group.cpp
   src/evener/execute/live/transport/native/pipe.cpp)

@@ -1,0 +1,36 @@
+// A declared slow-down: a rank behaves as slower hardware on any machine.
+//
+// The time that a slower device would need on top of the thread's CPU time is owed, accumulates, and is slept before
+// the next operation that others can see. Sleeping burns no core that another rank needs.
+#pragma once
+
+#include "wait.hpp"
+
+namespace evener {
+
+class Pace {
+  static constexpr int64_t kSmallest = 30'000;  // a shorter sleep is late by about as much as it lasts; it stays owed
+
+ public:
+  // slowdown: 1 and more. Belongs to the thread that makes it, whose timers it makes exact.
+  explicit Pace(double slowdown);
+
+  void pay(Gil& gil);  // sleep what is owed since the last call
+  // An operation is not the device's own work: it owes nothing for it, but for the way into it.
+  void skip(int64_t cpu_entered, int64_t cpu_ended) {
+    owed_ += double(cpu_entered - cpu_) * (slowdown_ - 1.0);
+    cpu_ = cpu_ended;
+  }
+  void idled(int64_t cpu) { cpu_ = cpu; }  // nor is what passed while it had nothing to do
+
+  double slowdown() const { return slowdown_; }
+  double owed() const { return owed_; }     // ns; negative after a sleep that was late
+  int64_t slept() const { return slept_; }  // ns off the CPU, so far
+  int64_t spent() const { return spent_; }  // CPU time that paying itself took, so far: not the device's work
+
+ private:
+  double slowdown_, owed_ = 0;
+  int64_t cpu_, slept_ = 0, spent_ = 0;
+};
+
+}  // namespace evener
