@@ -151,23 +151,32 @@ def _level(times: Sequence[float], costs: Sequence[DeviceCosts]) -> list[float]:
 
 
 def split_stage(
-    model: ModelSpec, names: list[str], costs: list[DeviceCosts], shape: BatchShape, *, first: bool, last: bool
-) -> tuple[Shard, ...]:
-    """Split one stage's heads, columns and vocabulary rows, each by its own time."""
+    model: ModelSpec, names: list[str], costs: list[DeviceCosts], shape: BatchShape, *, first: bool, last: bool,
+    pace: Sequence[tuple[float, float]] | None = None,
+) -> tuple[Shard, ...]:  # fmt: skip
+    """Split one stage's heads, columns and vocabulary rows, each by its own time.
+
+    `pace`: factors on the devices' times for (heads, columns and rows); more than 1 gives a device less than its speed
+    would.
+    """
     tp = len(names)
+    paces = pace or ((1.0, 1.0),) * tp
     rows, sampled = np.array([max(1, shape.tokens)]), np.array([max(1, shape.sampled_rows)])
     head_ns = [
-        float(c.attention_rows(rows, model.heads, model.kv_heads)[0])
-        + shape.prefill_pairs * c.pair_ns(model.heads)
-        + shape.decode_context * c.key_ns(model.heads, model.kv_heads)
-        for c in costs
+        p[0]
+        * (
+            float(c.attention_rows(rows, model.heads, model.kv_heads)[0])
+            + shape.prefill_pairs * c.pair_ns(model.heads)
+            + shape.decode_context * c.key_ns(model.heads, model.kv_heads)
+        )
+        for p, c in zip(paces, costs, strict=True)
     ]
     heads = split_by_time(model.heads, _level(head_ns, costs), head_unit(model))
     wide = math.lcm(FFN_UNIT, model.quant_group)
-    ffn_ns = [float(c.ffn_rows(rows, model.ffn)[0]) for c in costs]
+    ffn_ns = [p[1] * float(c.ffn_rows(rows, model.ffn)[0]) for p, c in zip(paces, costs, strict=True)]
     ffn = split_by_time(model.ffn, _level(ffn_ns, costs), wide if model.ffn >= wide * tp else model.quant_group)
     # One split of the vocabulary for both ends, so that a tied matrix is held once.
-    vocab_ns = [float(c.head_rows(sampled, model.vocab)[0]) for c in costs]
+    vocab_ns = [p[1] * float(c.head_rows(sampled, model.vocab)[0]) for p, c in zip(paces, costs, strict=True)]
     vocab = split_by_time(model.vocab, _level(vocab_ns, costs), FFN_UNIT if model.vocab >= FFN_UNIT * tp else 1)
     none: Interval = (0, 0)
     return tuple(

@@ -7,12 +7,15 @@ device which only slows the others is left out.
 
 from collections.abc import Iterator, Sequence
 
-from evener.plan.pipeline import Candidate, build_replica
+from evener.plan.pipeline import Candidate, build_replica, recut
 from evener.plan.problem import Problem
 from evener.plan.stages import Group, Stages
 
 MOST_DEVICES = 5
 """Beyond, the number of plans (1,602 replicas of five devices, 18,000 of six) asks for another search."""
+
+RECUT = 8
+"""Replicas of a set of devices whose splits are reconsidered: those that serve the most."""
 
 
 def ordered_groups(names: Sequence[str]) -> Iterator[tuple[Group, ...]]:
@@ -53,6 +56,10 @@ def replicas_of_few(problem: Problem, stages: Stages, names: Sequence[str]) -> d
             candidate = build_replica(problem, stages, groups)
             if candidate is not None:
                 found.append(candidate)
+        if len(own) > 1:
+            # A group that the rule splits badly may be the best when it is split well.
+            most = sorted(found, key=lambda c: -c.capacity.requests_s)[:RECUT]
+            found += [recut(problem, stages, c) for c in most]
         if best := best_of(found):
             out[mask] = best
     return out

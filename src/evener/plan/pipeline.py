@@ -6,7 +6,8 @@ room, so several numbers of rows are tried and the best is then improved layer b
 """
 
 import heapq
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 from msgspec import Struct
 
@@ -15,12 +16,21 @@ from evener.plan.problem import Problem
 from evener.plan.stages import SPLITS, Group, Split, StageOption, Stages
 from evener.spec.plan import Replica, Stage, intervals
 
+RECUTS = (1.25, 1.5, 2.0, 3.0)
+"""How much slower than it is a device is taken to be, in turn, when a split is reconsidered."""
+REFINEMENTS = ((4.0, 0.25), (2.0, 0.5), (1.25, 0.8))
+"""The same, from coarse to fine, when the best plans are refined."""
+BOTH = ((True, True),)
+EACH = ((True, True), (True, False), (False, True))
+
 
 class Candidate(Struct, frozen=True):
     """A replica and what it is predicted to serve."""
 
     replica: Replica
     capacity: Capacity
+    splits: tuple[Split, ...]
+    """How each stage is divided."""
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -94,24 +104,70 @@ def build_replica(
 ) -> Candidate | None:
     """The replica with these groups as stages, in this order, that serves the most; None when none fits.
 
-    Groups of several devices are split by speed, by memory (which leaves more KV room) and half way between.
+    Groups of several devices are split by speed, by memory (which leaves more KV room), half way between, and evenly.
     """
-    splits: tuple[Split, ...] = SPLITS if any(len(g) > 1 for g in groups) else ("speed",)
-    built = [_build(problem, stages, groups, targets, polish, by) for by in splits]
+    splits = SPLITS if any(len(g) > 1 for g in groups) else SPLITS[:1]
+    built = [_build(problem, stages, groups, targets, polish, (by,) * len(groups)) for by in splits]
     able = [c for c in built if c is not None]
     return max(able, key=lambda c: c.capacity.requests_s) if able else None
 
 
+def recut(problem: Problem, stages: Stages, candidate: Candidate, factors: Sequence[float] = RECUTS) -> Candidate:
+    """The same groups in the same order, with one device of a stage doing less than its speed says, if that is better.
+
+    The rule for splits looks at time alone; where memory or whole heads bound a split, another may serve more.
+    """
+    best = candidate
+    for by in SPLITS if any(len(s.shards) > 1 for s in candidate.replica.stages) else ():
+        start = tuple(by for _ in candidate.splits)
+        for splits in _moves(candidate, start, factors, BOTH):
+            best = _better(problem, stages, best, splits)
+    return best
+
+
+def refine(problem: Problem, stages: Stages, candidate: Candidate) -> Candidate:
+    """The same groups in the same order; the part of one device at a time, heads or columns, is made larger or smaller
+    while that serves more."""
+    best = candidate
+    for factors in REFINEMENTS:
+        while True:
+            before = best
+            for splits in _moves(best, best.splits, factors, EACH):
+                best = _better(problem, stages, best, splits)
+            if best is before:
+                break
+    return best
+
+
+def _moves(
+    candidate: Candidate, splits: tuple[Split, ...], factors: Sequence[float], parts: Sequence[tuple[bool, bool]]
+) -> Iterator[tuple[Split, ...]]:
+    """Splits in which one device is taken to be slower by one of `factors`, for heads, for columns, or for both."""
+    for s, stage in enumerate(candidate.replica.stages):
+        n = len(stage.shards)
+        for k, factor, (heads, columns) in itertools.product(range(n) if n > 1 else (), factors, parts):
+            pace = list(splits[s].pace or ((1.0, 1.0),) * n)
+            pace[k] = (pace[k][0] * (factor if heads else 1.0), pace[k][1] * (factor if columns else 1.0))
+            yield (*splits[:s], splits[s]._replace(pace=tuple(pace)), *splits[s + 1 :])
+
+
+def _better(problem: Problem, stages: Stages, best: Candidate, splits: tuple[Split, ...]) -> Candidate:
+    groups = [tuple(sh.device for sh in stage.shards) for stage in best.replica.stages]
+    got = _build(problem, stages, groups, None, True, splits)
+    return got if got is not None and got.capacity.requests_s > best.capacity.requests_s * (1 + 1e-9) else best
+
+
 def _build(
-    problem: Problem, stages: Stages, groups: Sequence[Group], targets: Sequence[int] | None, polish: bool, by: Split
-) -> Candidate | None:
+    problem: Problem, stages: Stages, groups: Sequence[Group], targets: Sequence[int] | None, polish: bool,
+    splits: tuple[Split, ...],
+) -> Candidate | None:  # fmt: skip
     total = problem.model.layers
     if len(groups) > total:
         return None
     options = []
     for s, group in enumerate(groups):
         onward = groups[s + 1] if s + 1 < len(groups) else ()
-        option = stages.option(group, first=s == 0, last=s == len(groups) - 1, onward=onward, by=by)
+        option = stages.option(group, first=s == 0, last=s == len(groups) - 1, onward=onward, by=splits[s])
         if option is None:
             return None
         options.append(option)
@@ -138,7 +194,7 @@ def _build(
         layers, capacity = _polish(pipe, layers, capacity)
     parts = intervals(layers, total)
     replica = Replica(tuple(Stage(part, o.shards) for part, o in zip(parts, options, strict=True)))
-    return Candidate(replica, capacity)
+    return Candidate(replica, capacity, splits)
 
 
 def _polish(pipe: _Pipe, layers: list[int], capacity: Capacity) -> tuple[list[int], Capacity]:

@@ -10,7 +10,7 @@ from evener.errors import InvalidPlan
 from evener.plan.capacity import Load, plan_load, plan_times, replica_capacity
 from evener.plan.few import MOST_DEVICES, plans_of_few
 from evener.plan.many import plans_of_many
-from evener.plan.pipeline import Candidate
+from evener.plan.pipeline import Candidate, refine
 from evener.plan.problem import Problem
 from evener.plan.shortage import shortage
 from evener.plan.stages import Stages
@@ -20,6 +20,8 @@ from evener.spec.plan import Plan, Replica, validate
 
 SHORTLIST = 24
 """Plans scored exactly, for each of two orders of merit."""
+REFINED = 6
+"""Plans whose splits are refined: those that serve the most."""
 MOST_WORKER_SETS = 8
 
 
@@ -71,17 +73,21 @@ def _kv_shortage(problem: Problem, replica: Replica, need: int) -> int:
 
 def search(problem: Problem) -> list[Scored]:
     """Plans worth a simulation, the one that serves the most first. Raises InvalidPlan when nothing fits."""
-    found: dict[tuple[Replica, ...], tuple[Candidate, ...]] = {}
+    found: dict[tuple[Replica, ...], tuple[Stages, tuple[Candidate, ...]]] = {}
     for among in worker_sets(problem.cluster.devices):
         stages = Stages(problem, among)
         names = [d.name for d in among]
         plans = plans_of_few(problem, stages, names) if len(names) <= MOST_DEVICES else plans_of_many(problem, stages)
         for candidates in plans:
-            found.setdefault(tuple(c.replica for c in candidates), candidates)
+            found.setdefault(tuple(c.replica for c in candidates), (stages, candidates))
     if not found:
         raise InvalidPlan(shortage(problem))
     rate, tokens = problem.demand.rate, problem.demand.output_tokens
-    loads = [(plan_load([c.capacity for c in cs], rate, tokens), cs) for cs in found.values()]
+    most = sorted(found.values(), key=lambda f: -sum(c.capacity.requests_s for c in f[1]))[:REFINED]
+    for stages, candidates in most:
+        refined = tuple(refine(problem, stages, c) for c in candidates)
+        found.setdefault(tuple(c.replica for c in refined), (stages, refined))
+    loads = [(plan_load([c.capacity for c in cs], rate, tokens), cs) for _, cs in found.values()]
     by_rate = sorted(range(len(loads)), key=lambda k: -loads[k][0].requests_s)
     by_time = sorted(range(len(loads)), key=lambda k: loads[k][0].e2e)
     # A lone device works at its own pace, without others on the memory bus: its estimate above is too low.

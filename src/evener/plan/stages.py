@@ -21,9 +21,16 @@ from evener.spec.memory import block_bytes, weight_bytes, workspace_bytes
 from evener.spec.plan import Interval, Plan, Replica, Shard, Stage, head_unit, size, split_by_weight
 from evener.units import NS_PER_S
 
-Split = Literal["speed", "both", "memory"]
-"""How a group of several devices is divided: by speed, by memory (more KV room), or half way between."""
-SPLITS: tuple[Split, ...] = ("speed", "both", "memory")
+
+class Split(NamedTuple):
+    """How a group of several devices is divided: by speed, by memory (more KV room), half way between, or evenly."""
+
+    by: Literal["speed", "both", "memory", "even"] = "speed"
+    pace: tuple[tuple[float, float], ...] | None = None
+    """Factors on the devices' times for (heads, columns): see `split_stage`. None: all 1."""
+
+
+SPLITS = (Split("speed"), Split("both"), Split("memory"), Split("even"))
 UNBOUNDED = 1 << 60
 Group = tuple[str, ...]
 """Names of the devices of one stage."""
@@ -113,7 +120,7 @@ class Stages:
         return self._kinds.setdefault(key, len(self._kinds))
 
     def option(
-        self, group: Group, *, first: bool, last: bool, onward: Group = (), by: Split = "speed"
+        self, group: Group, *, first: bool, last: bool, onward: Group = (), by: Split = SPLITS[0]
     ) -> StageOption | None:
         """The group as a stage, in front of `onward`; None when it does not fit its memory."""
         kinds = tuple(self.kind[n] for n in group)
@@ -136,10 +143,10 @@ class Stages:
 
     def _price(self, group: Group, first: bool, last: bool, onward: Group, by: Split) -> StageOption | None:
         problem = self.problem
-        if by == "speed" or len(group) == 1:
-            shards = self._split_by_speed(group, first, last)
+        if by.by == "speed" or len(group) == 1:
+            shards = self._split_by_speed(group, first, last, by.pace)
         else:
-            shards = self._split_by_memory(group, first, last, half_way=by == "both")
+            shards = self._split_by_memory(group, first, last, by)
         rooms = self._rooms(shards)
         if min(room.most_layers(1) for room in rooms) < 1:
             return None
@@ -171,31 +178,37 @@ class Stages:
             rooms.append(Room(both, problem.kv_bytes, layer, block))
         return tuple(rooms)
 
-    def _split_by_speed(self, group: Group, first: bool, last: bool) -> tuple[Shard, ...]:
+    def _split_by_speed(
+        self, group: Group, first: bool, last: bool, pace: Sequence[tuple[float, float]] | None
+    ) -> tuple[Shard, ...]:
         model, memory = self.problem.model, self.problem.memory
         costs = [
             DeviceCosts(self.profile.device(n), model, alone=False, dtype=memory.dtype, kv_dtype=memory.kv_dtype)
             for n in group
         ]
-        return split_stage(model, list(group), costs, self._shape, first=first, last=last)
+        return split_stage(model, list(group), costs, self._shape, first=first, last=last, pace=pace)
 
-    def _split_by_memory(self, group: Group, first: bool, last: bool, half_way: bool) -> tuple[Shard, ...]:
+    def _split_by_memory(self, group: Group, first: bool, last: bool, by: Split) -> tuple[Shard, ...]:
         """Heads, columns and vocabulary rows in proportion to memory (evenly where none is declared): slower, but with
-        more KV room where the fast have little memory. `half_way`: towards the split by speed."""
+        more KV room where the fast have little memory. Or half way towards the split by speed."""
         declared = [self.devices[n].memory for n in group]
-        weights = [1.0 if None in declared else float(m or 0) for m in declared]
-        model, fast = self.problem.model, self._split_by_speed(group, first, last)
+        even = by.by == "even" or None in declared
+        weights = [1.0 if even else float(m or 0) for m in declared]
+        model, fast = self.problem.model, self._split_by_speed(group, first, last, by.pace)
 
-        def cut(total: int, multiple: int, by_speed: list[int]) -> tuple[Interval, ...]:
-            shares = [w / sum(weights) for w in weights]
-            if half_way:
+        paces = by.pace or ((1.0, 1.0),) * len(group)
+
+        def cut(total: int, multiple: int, by_speed: list[int], part: Literal[0, 1]) -> tuple[Interval, ...]:
+            slowed = [w / p[part] for w, p in zip(weights, paces, strict=True)]
+            shares = [w / sum(slowed) for w in slowed]
+            if by.by == "both":
                 shares = [(w + n / max(1, sum(by_speed))) / 2 for w, n in zip(shares, by_speed, strict=True)]
             return split_by_weight(total, shares, multiple)
 
-        heads = cut(model.heads, head_unit(model), [size(sh.heads) for sh in fast])
-        ffn = cut(model.ffn, model.quant_group, [size(sh.ffn) for sh in fast])
+        heads = cut(model.heads, head_unit(model), [size(sh.heads) for sh in fast], 0)
+        ffn = cut(model.ffn, model.quant_group, [size(sh.ffn) for sh in fast], 1)
         ends = [max(size(sh.embed_rows), size(sh.head_rows)) for sh in fast]
-        vocab = cut(model.vocab, FFN_UNIT if model.vocab >= FFN_UNIT * len(group) else 1, ends)
+        vocab = cut(model.vocab, FFN_UNIT if model.vocab >= FFN_UNIT * len(group) else 1, ends, 1)
         none = (0, 0)
         return tuple(
             Shard(n, heads[k], ffn[k], vocab[k] if first else none, vocab[k] if last else none)
