@@ -144,7 +144,7 @@ def test_a_late_wake_is_contended_and_no_transfer() -> None:
 def test_a_declared_sleep_is_the_devices_own_work() -> None:
     w = World()
     w.clock.run(4 * MS)
-    w.clock.run(5 * MS, cpu=MS)
+    w.clock.run(4 * MS, cpu=MS)
     w.pace.slept_ns += 4 * MS
     w.pace.spent_ns += MS
     span = w.span()
@@ -252,7 +252,7 @@ def test_a_slow_device_sleeps_what_it_owes() -> None:
         pass
     pace.pay()
     assert pace.owed_ns <= 0, "it sleeps all of it, or longer"
-    assert pace.slept_ns >= 2 * 5 * MS - pace.spent_ns
+    assert pace.slept_ns >= 2 * 5 * MS
     assert -pace.owed_ns <= pace.slept_ns, "what it slept too long is its due for the next time"
     idle = pace.owed_ns
     pace.idled(time.thread_time_ns())

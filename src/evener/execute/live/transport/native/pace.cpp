@@ -29,10 +29,10 @@ void Pace::pay(Gil& gil) {
   }
   gil.take();
   cpu_ = cpu_ns();
-  const int64_t used = cpu_ - cpu, off = now_ns() - begin - used;
-  owed_ -= double(off);
-  slept_ += off;
-  spent_ += used;
+  const int64_t took = now_ns() - begin;
+  owed_ -= double(took);
+  slept_ += took;
+  spent_ += cpu_ - cpu;
 }
 
 }  // namespace evener

@@ -25,8 +25,8 @@ class Pace {
 
   double slowdown() const { return slowdown_; }
   double owed() const { return owed_; }     // ns; negative after a sleep that was late
-  int64_t slept() const { return slept_; }  // ns off the CPU, so far
-  int64_t spent() const { return spent_; }  // CPU time that paying itself took, so far: not the device's work
+  int64_t slept() const { return slept_; }  // ns, so far
+  int64_t spent() const { return spent_; }  // CPU time of that: not the device's work
 
  private:
   double slowdown_, owed_ = 0;
