@@ -43,7 +43,7 @@ COMPUTING = ("prefill", "decode")
 
 
 def measure(s: Situation, scored: Scored, problem: Problem, seconds: float) -> dict[str, Any]:
-    """Tokens per second of a full engine, of prompts and answers, and the causes of its devices' time, in a process of its own."""
+    """A full engine in a process of its own: tokens of prompts and answers per second, causes of its devices' time."""
     with tempfile.TemporaryDirectory() as tmp:
         path = Path(tmp) / "plan.yaml"
         save_plan(scored.plan, path)
