@@ -72,6 +72,32 @@ def test_assumed_rates_respect_the_memory_roof() -> None:
                 assert rate * DTYPE_BYTES[table.dtype] <= 2 * rows * d.alone.read_bandwidth * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("workers", "crowding"),
+    [
+        (("cpu:0", "cpu:0#1"), (2.0, 2.0)),
+        (("cpu:0", "cpu:0#1", "cpu:0#2"), (3.0, 3.0, 3.0)),
+        (("cpu:0,slowdown=2", "cpu:0#1,slowdown=4"), (1.0, 1.0)),  # 1/2 and 1/4 of the core
+        (("cpu:0,slowdown=2", "cpu:0#1,slowdown=2"), (1.0, 1.0)),
+        (("cpu:0", "cpu:0#1,slowdown=2"), (2.0, 1.0)),  # each gets the half that the second asks for
+        (("cpu:0", "cpu:0#1,slowdown=4"), (4 / 3, 1.0)),
+        (("cpu:0", "cpu:1,slowdown=4"), (1.0, 1.0)),
+    ],
+)
+def test_workers_on_one_core_crowd_each_other_as_far_as_they_ask_for_more_than_there_is(
+    workers: tuple[str, ...], crowding: tuple[float, ...]
+) -> None:
+    hardware = [parse_device("cpu:0"), parse_device("cpu:1")]
+    profile = bind(default_profile(hardware), [parse_device(x) for x in workers])
+    assert [d.crowding for d in profile.devices] == pytest.approx(crowding)
+    asked = sum(1 / d.slowdown / d.crowding for d in profile.devices if d.hardware == "cpu:0")
+    assert asked <= 1 + 1e-9
+    for d in profile.devices:
+        assert d.stretch(alone=False) == pytest.approx(d.slowdown * d.crowding)
+        assert d.stretch(alone=True) == d.slowdown
+        assert d.lost(alone=False) == pytest.approx(1 - 1 / d.crowding)
+
+
 def test_bind_names_workers_slowdowns_and_sharers() -> None:
     workers = [parse_device(x) for x in ("cpu:0,slowdown=2", "cpu:0#1", "cpu:1", "cpu:0-1#wide")]
     profile = bind(default_profile([parse_device(x) for x in ("cpu:0", "cpu:1", "cpu:0-1")]), workers)

@@ -90,7 +90,7 @@ def features(own: OwnTimes, shape: BatchShape, repeat: int = 1) -> list[float]:
         out[k - 1], out[k] = alike * repeat * (1 - share), alike * repeat * share
     rest = (own.pair_ns * shape.prefill_pairs, own.key_ns * keys, float(sampled), float(own.chunk_ns * shape.chunks))
     # A worker that shares its core waits for it; what it computes takes its own share of the predicted time.
-    return [x / own.sharers for x in (*out, rest[0] * repeat, rest[1], rest[2] * repeat, rest[3] * repeat)]
+    return [x * (1.0 - own.lost) for x in (*out, rest[0] * repeat, rest[1], rest[2] * repeat, rest[3] * repeat)]
 
 
 class CorrectedCosts(DeviceCosts):

@@ -107,7 +107,9 @@ class DeviceProfile(Struct, frozen=True):
     slowdown: float = 1.0
     """Declared slow-down; multiplies every compute time."""
     sharers: int = 1
-    """Workers on the same core or GPU, this one included; each gets its share of the time."""
+    """Workers on the same core or GPU, this one included."""
+    crowding: float = 1.0
+    """By how much they lengthen its compute times: the time of the hardware it asks for over what it gets."""
     peaks: Peaks | None = None
     """Published, where the rates are what is assumed to be reached of them."""
 
@@ -116,8 +118,12 @@ class DeviceProfile(Struct, frozen=True):
         return self.alone if alone else self.together
 
     def stretch(self, alone: bool) -> float:
-        """By how much compute times grow: declared slow-down times workers that share the hardware."""
-        return self.slowdown * (1 if alone else self.sharers)
+        """By how much compute times grow: declared slow-down times what sharing the hardware adds."""
+        return self.slowdown * (1.0 if alone else self.crowding)
+
+    def lost(self, alone: bool) -> float:
+        """Share of its compute times in which it waits for those who share its hardware."""
+        return 0.0 if alone else 1.0 - 1.0 / self.crowding
 
 
 class Collective(Struct, frozen=True):
@@ -186,11 +192,28 @@ def hardware(device: Device) -> str:
     return device.name.partition("#")[0]
 
 
-def _sharers(device: Device, devices: Sequence[Device]) -> int:
+def _sharing(device: Device, devices: Sequence[Device]) -> list[list[Device]]:
+    """The workers, this one included, on each piece of hardware that it uses: cores, or its GPU."""
     same_host = [d for d in devices if d.host == device.host and d.kind == device.kind]
     if device.kind == "cuda":
-        return sum(d.index == device.index for d in same_host)
-    return max(sum(core in d.cores for d in same_host) for core in device.cores)
+        return [[d for d in same_host if d.index == device.index]]
+    return [[d for d in same_host if core in d.cores] for core in device.cores]
+
+
+def _crowding(device: Device, sharing: Sequence[Device]) -> float:
+    """What a worker asks of its hardware over what it gets there.
+
+    A worker with a slow-down of s computes 1/s of the time and leaves the hardware to others for the rest; together
+    they may ask for more than there is. Then each gets the same, but no more than it asks for.
+    """
+    asked = sorted(1.0 / d.slowdown for d in sharing)
+    left = 1.0
+    for k, wish in enumerate(asked):
+        fair = left / (len(asked) - k)
+        if wish > fair:
+            return max(1.0, 1.0 / device.slowdown / fair)
+        left -= wish
+    return 1.0
 
 
 def bind(profile: Profile, devices: Sequence[Device]) -> Profile:
@@ -207,8 +230,16 @@ def bind(profile: Profile, devices: Sequence[Device]) -> Profile:
                 f"device {d.name}: {at} is not in the profile (has: {', '.join(have) or 'none'}); "
                 f"run `evener devices --devices {at}`"
             )
+        sharing = _sharing(d, devices)
         bound.append(
-            structs.replace(have[at], name=d.name, hardware=at, slowdown=d.slowdown, sharers=_sharers(d, devices))
+            structs.replace(
+                have[at],
+                name=d.name,
+                hardware=at,
+                slowdown=d.slowdown,
+                sharers=max(len(s) for s in sharing),
+                crowding=max(_crowding(d, s) for s in sharing),
+            )
         )
     return structs.replace(profile, devices=tuple(bound))
 

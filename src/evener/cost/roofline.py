@@ -47,7 +47,7 @@ class DeviceCosts:
                 raise InvalidInput(f"{what}={given!r} is not one of {', '.join(DTYPE_BYTES)}")
         self.model, self.dtype, self.rates = model, dtype, device.rates(alone)
         self.stretch = device.stretch(alone)
-        self.sharers = 1 if alone else device.sharers
+        self.lost = device.lost(alone)
         self.kv_bytes = DTYPE_BYTES[kv_dtype]
         self.activation_bytes = 2 if device.kind == "cuda" and dtype != "fp32" else ACTIVATION_BYTES
 
@@ -125,7 +125,8 @@ class OwnTimes(NamedTuple):
     """FFN, embedding, and what the worker does beside."""
     by_sampled: list[int]
     chunk_ns: int
-    sharers: int
+    lost: float
+    """Share of the compute times that is waiting for others on the same hardware."""
 
 
 class _Steps(NamedTuple):
@@ -202,10 +203,10 @@ class _StageTables:
             if (heads or not self.shards) and attention not in self.shards:
                 self.shards.append(attention)
             chunk_ns = round(CHUNK_OPS * cost.rates.op_ns * cost.stretch)
-            self.own.append(OwnTimes(*attention, _table(of_rows), _table(of_sampled), chunk_ns, cost.sharers))
+            self.own.append(OwnTimes(*attention, _table(of_rows), _table(of_sampled), chunk_ns, cost.lost))
         self.alike = all(own == self.own[0] for own in self.own)
         """Every shard takes as long as the first: an equal split over equal devices."""
-        self.sharing = any(own.sharers > 1 for own in self.own)
+        self.sharing = any(own.lost > 0 for own in self.own)
         """Some workers share a core."""
         self.steps: dict[int, _Steps] = {}
         """By rows, as they are asked for."""
@@ -288,8 +289,8 @@ class RooflineCostModel:
             np.minimum(of_each + known.rests, slow, out=shards[:, 0])
             np.subtract(slow, shards[:, 0], out=shards[:, 2])
         if st.sharing:
-            sharers = np.array([[own.sharers] for own in st.own])
-            shards[:, 1] = shards[:, 0] * (sharers - 1) // sharers
+            lost = np.array([[own.lost] for own in st.own])
+            shards[:, 1] = (shards[:, 0] * lost).astype(np.int64)
             shards[:, 0] -= shards[:, 1]
         return DecodeRun(known.host, busy, shards)
 
@@ -354,7 +355,7 @@ def _replica_tables(
             stage.layers, s == 0, s == last,
             tuple((x.delay, x.bandwidth) for x in inside), tuple((x.delay, x.bandwidth) for x in onward),
             tuple((sh.heads, sh.ffn, sh.embed_rows, sh.head_rows) for sh in stage.shards),
-            tuple((id(c.rates), c.stretch, c.sharers) for c in of_stage),
+            tuple((id(c.rates), c.stretch, c.lost) for c in of_stage),
         )  # fmt: skip
         if key not in shared:
             shared[key] = _StageTables(stage, of_stage, profile, inside, onward, first=s == 0, last=s == last)
@@ -418,11 +419,11 @@ def _shards_ns(st: _StageTables, shape: BatchShape) -> list[ShardTime]:
     if slow < 0:
         moving, slow = moving + slow, 0
     if len(own) == 1:
-        contended = slow * (own[0].sharers - 1) // own[0].sharers
+        contended = int(slow * own[0].lost)
         return [_shard_time((host, slow - contended, contended, 0, moving))]
     pairs, keys, chunks = shape.prefill_pairs, shape.decode_context, shape.chunks
     out: list[ShardTime] = []
-    for block, pair_ns, key_ns, by_rows, by_sampled, chunk_ns, sharers in own[:1] if st.alike else own:
+    for block, pair_ns, key_ns, by_rows, by_sampled, chunk_ns, lost in own[:1] if st.alike else own:
         if inside:
             compute = int(block[rows] + pair_ns * pairs + key_ns * keys) + by_rows[rows] + by_sampled[sampled]
         else:
@@ -431,7 +432,7 @@ def _shards_ns(st: _StageTables, shape: BatchShape) -> list[ShardTime]:
         compute += chunks * chunk_ns
         if compute > slow:
             compute = slow
-        contended = compute * (sharers - 1) // sharers if sharers > 1 else 0
+        contended = int(compute * lost)
         out.append(_shard_time((host, compute - contended, contended, slow - compute, moving)))
     return out * len(own) if st.alike else out
 

@@ -63,7 +63,7 @@ class SpanMaker:
         self.idle_cpu += cpu - self._cpu
         self._idle_delay = delay - self._delay
         self._cpu, self._delay, self._slept, self._spent = cpu, delay, self._pace.slept_ns, self._pace.spent_ns
-        self._pace.idled(cpu)
+        self._pace.idled(self._began, cpu)
 
     def finished(self, batch_id: int) -> None:
         """The batch is done here, its results are sent."""

@@ -106,8 +106,9 @@ Stamp Group::leave(Entry& e, int64_t floor_ns) {
   ++op_;
   if (floor_ns > 0) waiter_.sleep_until(e.gil, e.arrived + floor_ns);
   const int64_t cpu = waiter_.cpu_after(e.cpu_entered, e.entered, e.sleeps);
-  if (pace_) pace_->skip(e.cpu_entered, cpu);
-  return {e.entered, e.arrived, now_ns(), e.cpu_entered, cpu};
+  const int64_t ended = now_ns();
+  if (pace_) pace_->skip(e.entered, e.cpu_entered, ended, cpu);
+  return {e.entered, e.arrived, ended, e.cpu_entered, cpu};
 }
 
 Stamp Group::all_reduce(uintptr_t t, uint64_t count, int dtype, int64_t floor_ns) {

@@ -3,24 +3,33 @@
 #include <sys/prctl.h>
 #include <time.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <stdexcept>
 
 namespace evener {
 
-Pace::Pace(double slowdown) : slowdown_(slowdown), cpu_(cpu_ns()) {
+Pace::Pace(double slowdown) : slowdown_(slowdown), wall_(now_ns()), cpu_(cpu_ns()) {
   if (!(slowdown >= 1.0) || std::isinf(slowdown)) throw std::invalid_argument("a slow-down is a finite number from 1 up");
   if (slowdown > 1.0) prctl(PR_SET_TIMERSLACK, 1);  // the kernel would add 50 us to every sleep
 }
 
+void Pace::owe(int64_t now, int64_t cpu) {
+  const int64_t used = cpu - cpu_, off = std::max<int64_t>(0, now - wall_ - used);
+  owed_ += double(used) * (slowdown_ - 1.0);
+  const int64_t paid = std::min(off, int64_t(std::max(0.0, owed_)));
+  owed_ -= double(paid);
+  slept_ += paid;
+}
+
 void Pace::pay(Gil& gil) {
   if (slowdown_ <= 1.0) return;
-  const int64_t cpu = cpu_ns();
-  owed_ += double(cpu - cpu_) * (slowdown_ - 1.0);
-  cpu_ = cpu;
+  const int64_t cpu = cpu_ns(), begin = now_ns();
+  owe(begin, cpu);
+  idled(begin, cpu);
   if (owed_ < kSmallest) return;
-  const int64_t begin = now_ns(), until = begin + int64_t(owed_);
+  const int64_t until = begin + int64_t(owed_);
   const timespec when{time_t(until / 1'000'000'000), long(until % 1'000'000'000)};
   gil.release();
   while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &when, nullptr) == EINTR) {
@@ -28,10 +37,9 @@ void Pace::pay(Gil& gil) {
     gil.release();
   }
   gil.take();
-  cpu_ = cpu_ns();
-  const int64_t took = now_ns() - begin;
-  owed_ -= double(took);
-  slept_ += took;
+  idled(now_ns(), cpu_ns());
+  owed_ -= double(wall_ - begin);
+  slept_ += wall_ - begin;
   spent_ += cpu_ - cpu;
 }
 

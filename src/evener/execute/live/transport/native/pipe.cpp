@@ -102,7 +102,7 @@ Stamp Pipe::send(uintptr_t t, uint64_t bytes) {
     publish(at += need);
   }
   const int64_t cpu = cpu_ns(), ended = now_ns();
-  if (pace_) pace_->skip(cpu_entered, cpu);
+  if (pace_) pace_->skip(entered, cpu_entered, ended, cpu);
   return {entered, std::min(arrived, ended), ended, cpu_entered, cpu};
 }
 
@@ -133,9 +133,9 @@ Stamp Pipe::recv(uintptr_t out, uint64_t bytes) {
     publish(at += padded(n));
   }
   if (m.due > now_ns()) waiter_.sleep_until(gil, m.due);
-  const int64_t cpu = cpu_ns();
-  if (pace_) pace_->skip(cpu_entered, cpu);
-  return {entered, std::max(entered, m.entered), now_ns(), cpu_entered, cpu};
+  const int64_t cpu = cpu_ns(), ended = now_ns();
+  if (pace_) pace_->skip(entered, cpu_entered, ended, cpu);
+  return {entered, std::max(entered, m.entered), ended, cpu_entered, cpu};
 }
 
 bool Pipe::poll() {
