@@ -40,12 +40,12 @@ def engine(on: frozenset[str]) -> EngineOptions:
         devices=("cpu:0", "cpu:1,slowdown=2" if "devices" in on else "cpu:1"),
         links=(Link("cpu:0", "cpu:1", Seconds(2e-3)),) if "link" in on else (),
         pipeline_parallel_size=2, split="equal", policy="fcfs", dtype="int8", max_model_len=2 * LONGEST,
-        max_num_seqs=32,
+        max_num_seqs=32, max_num_batched_tokens=512, kv_cache_memory="512MiB",
     )  # fmt: skip
 
 
 def traffic(on: frozenset[str], count: int, rate: float) -> list[TimedRequest]:
-    """As many tokens at the same mean rate in every corner."""
+    """As many tokens at the same mean rate in every corner, but for a few that the context cuts."""
     rng, words = np.random.default_rng(SEED), np.random.default_rng(SEED + 1)
     inputs, outputs = (
         [min(LONGEST, n) for n in lengths(mean, count, "lengths" in on, rng)] for mean in (INPUT, OUTPUT)

@@ -5,7 +5,7 @@ without a server, and output tokens over the time to serve them all are compared
 (`finite`). Measured beside its choice: every layout of two devices; of three, the most promising dozen by the cost
 model; always the usual layouts (all TP, PP, DP, split equally). All are measured once; what came within `--near` of the
 best, and the choice, then alternate over the rounds. Medians are quoted. Predicted and achieved are kept as back-tests
-of this host: `evener plan` quotes their error.
+of this host: `evener plan` quotes their error. With `--only`, the other situations stay as an earlier run left them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from common import BenchmarkFailed, markdown, save
+from common import RESULTS, BenchmarkFailed, markdown, save
 from evener.api import make_options, prepare
 from evener.cost.rates import Profile, default_profile
 from evener.plan.auto import spread_items
@@ -186,6 +186,14 @@ def main() -> None:
         figures[s.name] = {"runs": {}}
         for k, c in enumerate(candidates):
             figures[s.name]["runs"][f"{c.plan.name} on {'+'.join(c.plan.devices())}"] = runs[k]
+    if args.only and (earlier := RESULTS / "planner_live.json").exists():
+        before = json.loads(earlier.read_text())
+        names = [s.name for s in SITUATIONS]
+        summary += [row for row in before["summary"] if row[0] not in figures]
+        detail += [row for row in before["detail"] if row[0] not in figures]
+        figures = {**before["figures"], **figures}
+        summary.sort(key=lambda row: names.index(str(row[0])))
+        detail.sort(key=lambda row: names.index(str(row[0])))
     print(markdown(["situation", "chosen", "predicted tok/s", "achieved tok/s", "best measured", "its tok/s",
                     "chosen over best", "planning CPU s"], summary))  # fmt: skip
     print(markdown(["situation", "plan", "devices", "predicted tok/s", "achieved tok/s", "error"], detail))

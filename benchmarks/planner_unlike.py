@@ -32,13 +32,14 @@ from evener.plan.more import only
 from evener.plan.planner import choose_plan
 from evener.plan.problem import Problem
 from evener.plan.search import Scored, search
+from evener.plan.trial import try_plan
 from planner_live import CHAT, KV, MAX_SEQS, Situation, problem_of
 
 GROUPS = (
     Situation("1 and 1/2", ("cpu:0", "cpu:1,slowdown=2"), CHAT),
     Situation("1, 1/2 and 1/4", ("cpu:0", "cpu:1,slowdown=2", "cpu:1#1,slowdown=4"), CHAT),
 )
-WARM_S = 8.0
+WARM_S = 10.0
 COMPUTING = ("prefill", "decode")
 
 
@@ -70,6 +71,7 @@ async def child(job: dict[str, Any]) -> None:
         max_model_len=1024, dtype=job["dtype"],
     )  # fmt: skip
     items = itertools.cycle(job["items"])
+    lengths = [m for _, m in job["items"]]
     counted = sent = 0
     rows = MAX_SEQS * job["replicas"]
     over = asyncio.Event()
@@ -79,8 +81,8 @@ async def child(job: dict[str, Any]) -> None:
         while not over.is_set():
             sent += 1
             n, m = next(items)
-            if sent <= rows:  # what fills the rows at first is at any point of its answer, as it is later on
-                n, m = 16, rng.randrange(1, m + 1)
+            if sent <= rows:  # what fills the rows at first is at any point of a long answer sooner than of a short
+                n, m = 16, rng.randrange(1, rng.choices(lengths, lengths)[0] + 1)
             prompt = [rng.randrange(100, 32_000) for _ in range(n)]
             sampling = SamplingParams(temperature=0.0)
             request = Request(f"r{sent}", n, m, prompt, sampling=sampling)
@@ -106,9 +108,9 @@ async def child(job: dict[str, Any]) -> None:
     print(json.dumps({"tokens_s": tokens_s, "causes": causes}))
 
 
-def idle(causes: dict[str, dict[str, float]]) -> float:
-    """Share of all devices' time in which they computed nothing that was asked for."""
-    whole = sum(sum(c.values()) for c in causes.values())
+def idle(causes: dict[str, dict[str, float]], devices: int) -> float:
+    """Share of all devices' time, of those left out as well, in which nothing was computed that was asked for."""
+    whole = max(sum(c.values()) for c in causes.values()) * devices
     return 1 - sum(c.get(name, 0.0) for c in causes.values() for name in COMPUTING) / whole
 
 
@@ -146,10 +148,11 @@ def main() -> None:
         for name in names:
             share = median(x / total for x, total in zip(rates[name], sums, strict=True))
             shape = choice.best.plan.name if name == "planner" else ""
-            output = choice.best.full_tokens_s if name == "planner" else plans[name].load.tokens_s
-            nothing = f"{100 * idle(runs[name][-1]['causes']):.1f}%"
+            output = try_plan(problem, plans[name], choice.items).full_tokens_s
+            there = 1 if name in alone else len(s.devices)
+            nothing = f"{100 * idle(runs[name][-1]['causes'], there):.1f}%"
             table.append([s.name, name, shape, output * whole, median(rates[name]), share, nothing])
-        figures[s.name] = {"runs": runs, "plan": choice.best.plan.name, "predicted": choice.best.full_tokens_s * whole}
+        figures[s.name] = {"runs": runs, "plan": choice.best.plan.name}
     head = ["speeds", "layout", "", "predicted tok/s", "tok/s", "over the sum of each alone", "idle"]
     print(markdown(head, table))
     save("planner_unlike", {"dtype": args.dtype, "seconds": args.seconds, "groups": figures})

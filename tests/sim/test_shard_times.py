@@ -25,6 +25,7 @@ def costs(names: str, tp: int, pp: int) -> tuple[RooflineCostModel, list[Device]
 LAYOUTS = [
     costs("cpu:0", 1, 1), costs("cpu:0 cpu:1", 2, 1), costs("cpu:0 cpu:1,slowdown=3", 2, 1),
     costs("cpu:0 cpu:0#1 cpu:1", 3, 1), costs("cpu:0 cpu:1 cpu:0#1 cpu:1#1", 2, 2), costs("cpu:0 cpu:1", 1, 2),
+    costs("cpu:0 cpu:0#1,slowdown=4", 2, 1), costs("cpu:0,slowdown=1.5 cpu:0#1 cpu:1,slowdown=3", 1, 3),
 ]  # fmt: skip
 SHAPES = st.builds(
     BatchShape, st.integers(0, 3 * MAX_ROWS), st.integers(0, 10**7), st.integers(0, 300), st.integers(0, 10**6),

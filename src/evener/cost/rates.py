@@ -200,12 +200,16 @@ def _sharing(device: Device, devices: Sequence[Device]) -> list[list[Device]]:
     return [[d for d in same_host if core in d.cores] for core in device.cores]
 
 
-def _crowding(device: Device, sharing: Sequence[Device]) -> float:
-    """What a worker asks of its hardware over what it gets there.
+def crowding(device: Device, devices: Sequence[Device]) -> float:
+    """What a worker asks of its hardware over what it gets there, beside these.
 
     A worker with a slow-down of s computes 1/s of the time and leaves the hardware to others for the rest; together
     they may ask for more than there is. Then each gets the same, but no more than it asks for.
     """
+    return max(_crowding(device, sharing) for sharing in _sharing(device, devices))
+
+
+def _crowding(device: Device, sharing: Sequence[Device]) -> float:
     asked = sorted(1.0 / d.slowdown for d in sharing)
     left = 1.0
     for k, wish in enumerate(asked):
@@ -217,7 +221,7 @@ def _crowding(device: Device, sharing: Sequence[Device]) -> float:
 
 
 def bind(profile: Profile, devices: Sequence[Device]) -> Profile:
-    """The same figures for these workers: one entry per worker, with its declared slow-down and its sharers.
+    """The same figures for these workers: one entry per worker, with its slow-down and who shares its hardware.
 
     Raises InvalidDevice when a worker's hardware was not measured.
     """
@@ -230,17 +234,9 @@ def bind(profile: Profile, devices: Sequence[Device]) -> Profile:
                 f"device {d.name}: {at} is not in the profile (has: {', '.join(have) or 'none'}); "
                 f"run `evener devices --devices {at}`"
             )
-        sharing = _sharing(d, devices)
-        bound.append(
-            structs.replace(
-                have[at],
-                name=d.name,
-                hardware=at,
-                slowdown=d.slowdown,
-                sharers=max(len(s) for s in sharing),
-                crowding=max(_crowding(d, s) for s in sharing),
-            )
-        )
+        sharers = max(len(sharing) for sharing in _sharing(d, devices))
+        beside = {"sharers": sharers, "crowding": crowding(d, devices)}
+        bound.append(structs.replace(have[at], name=d.name, hardware=at, slowdown=d.slowdown, **beside))
     return structs.replace(profile, devices=tuple(bound))
 
 

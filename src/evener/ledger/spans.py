@@ -69,7 +69,7 @@ class Span(Struct, frozen=True, array_like=True):
     began: Nanoseconds
     ended: Nanoseconds
     compute: Nanoseconds
-    """Own work; a declared slow-down's sleep belongs to it."""
+    """Own work; a declared slow-down's sleep belongs to it, and what it waited for its core instead of sleeping."""
     cpu: Nanoseconds
     """CPU time that the device's threads report for `compute` (live, without declared sleep), or `compute`."""
     contended: Nanoseconds

@@ -134,8 +134,8 @@ def _take(model: ModelSpec, devices: Sequence[Device], tp: int, pp: int, dp: int
     return list(devices[:need])
 
 
-def _level(times: Sequence[float], costs: Sequence[DeviceCosts]) -> list[float]:
-    """Times with those of nearly equal devices set equal; what is declared (slow-down, sharing) counts in full."""
+def _level(times: Sequence[float], costs: Sequence[DeviceCosts], pace: Sequence[float]) -> list[float]:
+    """Times with those of nearly equal devices set equal; what is declared, and `pace`, count in full."""
     measured = [t / c.stretch for t, c in zip(times, costs, strict=True)]
     out = list(measured)
     group: list[int] = []
@@ -147,7 +147,7 @@ def _level(times: Sequence[float], costs: Sequence[DeviceCosts]) -> list[float]:
             group = []
         if k is not None:
             group.append(k)
-    return [t * c.stretch for t, c in zip(out, costs, strict=True)]
+    return [t * c.stretch * p for t, c, p in zip(out, costs, pace, strict=True)]
 
 
 def split_stage(
@@ -163,21 +163,26 @@ def split_stage(
     paces = pace or ((1.0, 1.0),) * tp
     rows, sampled = np.array([max(1, shape.tokens)]), np.array([max(1, shape.sampled_rows)])
     head_ns = [
-        p[0]
-        * (
-            float(c.attention_rows(rows, model.heads, model.kv_heads)[0])
-            + shape.prefill_pairs * c.pair_ns(model.heads)
-            + shape.decode_context * c.key_ns(model.heads, model.kv_heads)
-        )
-        for p, c in zip(paces, costs, strict=True)
+        float(c.attention_rows(rows, model.heads, model.kv_heads)[0])
+        + shape.prefill_pairs * c.pair_ns(model.heads)
+        + shape.decode_context * c.key_ns(model.heads, model.kv_heads)
+        for c in costs
     ]
-    heads = split_by_time(model.heads, _level(head_ns, costs), head_unit(model))
+    heads = split_by_time(model.heads, _level(head_ns, costs, [heads for heads, _ in paces]), head_unit(model))
     wide = math.lcm(FFN_UNIT, model.quant_group)
-    ffn_ns = [p[1] * float(c.ffn_rows(rows, model.ffn)[0]) for p, c in zip(paces, costs, strict=True)]
-    ffn = split_by_time(model.ffn, _level(ffn_ns, costs), wide if model.ffn >= wide * tp else model.quant_group)
+    ffn_ns = [float(c.ffn_rows(rows, model.ffn)[0]) for c in costs]
+    ffn = split_by_time(
+        model.ffn,
+        _level(ffn_ns, costs, [columns for _, columns in paces]),
+        wide if model.ffn >= wide * tp else model.quant_group,
+    )
     # One split of the vocabulary for both ends, so that a tied matrix is held once.
-    vocab_ns = [p[1] * float(c.head_rows(sampled, model.vocab)[0]) for p, c in zip(paces, costs, strict=True)]
-    vocab = split_by_time(model.vocab, _level(vocab_ns, costs), FFN_UNIT if model.vocab >= FFN_UNIT * tp else 1)
+    vocab_ns = [float(c.head_rows(sampled, model.vocab)[0]) for c in costs]
+    vocab = split_by_time(
+        model.vocab,
+        _level(vocab_ns, costs, [columns for _, columns in paces]),
+        FFN_UNIT if model.vocab >= FFN_UNIT * tp else 1,
+    )
     none: Interval = (0, 0)
     return tuple(
         Shard(names[k], heads[k], ffn[k], vocab[k] if first else none, vocab[k] if last else none) for k in range(tp)

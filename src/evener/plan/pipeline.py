@@ -120,33 +120,49 @@ def recut(problem: Problem, stages: Stages, candidate: Candidate, factors: Seque
     best = candidate
     for by in SPLITS if any(len(s.shards) > 1 for s in candidate.replica.stages) else ():
         start = tuple(by for _ in candidate.splits)
-        for splits in _moves(candidate, start, factors, BOTH):
+        for splits in _moves(stages, candidate, start, factors, BOTH):
             best = _better(problem, stages, best, splits)
     return best
 
 
-def refine(problem: Problem, stages: Stages, candidate: Candidate) -> Candidate:
+def refine(problem: Problem, stages: Stages, candidate: Candidate, known: dict[object, tuple[Split, ...]]) -> Candidate:
     """The same groups in the same order; the part of one device at a time, heads or columns, is made larger or smaller
-    while that serves more."""
+    while that serves more.
+
+    `known`: what was found for other replicas, which serves for all that are like them.
+    """
+    kinds = tuple(tuple(stages.kind[sh.device] for sh in stage.shards) for stage in candidate.replica.stages)
+    links = candidate.devices if problem.cluster.links else ()
+    key = (kinds, candidate.splits, links)
+    if key in known:
+        return _better(problem, stages, candidate, known[key])
     best = candidate
     for factors in REFINEMENTS:
         while True:
             before = best
-            for splits in _moves(best, best.splits, factors, EACH):
+            for splits in _moves(stages, best, best.splits, factors, EACH):
                 best = _better(problem, stages, best, splits)
             if best is before:
                 break
+    known[key] = best.splits
     return best
 
 
 def _moves(
-    candidate: Candidate, splits: tuple[Split, ...], factors: Sequence[float], parts: Sequence[tuple[bool, bool]]
-) -> Iterator[tuple[Split, ...]]:
-    """Splits in which one device is taken to be slower by one of `factors`, for heads, for columns, or for both."""
+    stages: Stages, candidate: Candidate, splits: tuple[Split, ...], factors: Sequence[float],
+    parts: Sequence[tuple[bool, bool]],
+) -> Iterator[tuple[Split, ...]]:  # fmt: skip
+    """Splits in which one device is taken to be slower by one of `factors`, for heads, for columns, or for both.
+
+    Of like devices that do the same, one.
+    """
     for s, stage in enumerate(candidate.replica.stages):
         n = len(stage.shards)
-        for k, factor, (heads, columns) in itertools.product(range(n) if n > 1 else (), factors, parts):
-            pace = list(splits[s].pace or ((1.0, 1.0),) * n)
+        paces = splits[s].pace or ((1.0, 1.0),) * n
+        like = {(stages.kind[stage.shards[k].device], paces[k]): k for k in reversed(range(n))}
+        unlike = sorted(like.values()) if n > 1 else []
+        for k, factor, (heads, columns) in itertools.product(unlike, factors, parts):
+            pace = list(paces)
             pace[k] = (pace[k][0] * (factor if heads else 1.0), pace[k][1] * (factor if columns else 1.0))
             yield (*splits[:s], splits[s]._replace(pace=tuple(pace)), *splits[s + 1 :])
 

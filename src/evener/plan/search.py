@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from evener.cost.rates import hardware
+from evener.cost.rates import crowding, hardware
 from evener.errors import InvalidPlan
 from evener.plan.capacity import Load, plan_load, plan_times, replica_capacity
 from evener.plan.few import MOST_DEVICES, plans_of_few
@@ -13,7 +13,7 @@ from evener.plan.many import plans_of_many
 from evener.plan.pipeline import Candidate, refine
 from evener.plan.problem import Problem
 from evener.plan.shortage import shortage
-from evener.plan.stages import Stages
+from evener.plan.stages import Split, Stages
 from evener.spec.cluster import Device
 from evener.spec.memory import block_bytes, kv_blocks, weight_bytes, workspace_bytes
 from evener.spec.plan import Plan, Replica, validate
@@ -71,22 +71,37 @@ def _kv_shortage(problem: Problem, replica: Replica, need: int) -> int:
     return short
 
 
+_Found = dict[tuple[Replica, ...], tuple[Stages, tuple[Candidate, ...]]]
+
+
+def _served(candidates: Sequence[Candidate]) -> float:
+    return sum(c.capacity.requests_s for c in candidates)
+
+
+def _keep(found: _Found, stages: Stages, candidates: tuple[Candidate, ...]) -> None:
+    """With the price among the fewest workers that share hardware: that of others is too high for these."""
+    key = tuple(c.replica for c in candidates)
+    if key not in found or _served(candidates) > _served(found[key][1]):
+        found[key] = (stages, candidates)
+
+
 def search(problem: Problem) -> list[Scored]:
     """Plans worth a simulation, the one that serves the most first. Raises InvalidPlan when nothing fits."""
-    found: dict[tuple[Replica, ...], tuple[Stages, tuple[Candidate, ...]]] = {}
+    found: _Found = {}
     for among in worker_sets(problem.cluster.devices):
         stages = Stages(problem, among)
         names = [d.name for d in among]
         plans = plans_of_few(problem, stages, names) if len(names) <= MOST_DEVICES else plans_of_many(problem, stages)
         for candidates in plans:
-            found.setdefault(tuple(c.replica for c in candidates), (stages, candidates))
+            _keep(found, stages, candidates)
     if not found:
         raise InvalidPlan(shortage(problem))
     rate, tokens = problem.demand.rate, problem.demand.output_tokens
-    most = sorted(found.values(), key=lambda f: -sum(c.capacity.requests_s for c in f[1]))[:REFINED]
+    most = sorted(found.values(), key=lambda f: -_served(f[1]))[:REFINED]
+    known: dict[Stages, dict[object, tuple[Split, ...]]] = {}
     for stages, candidates in most:
-        refined = tuple(refine(problem, stages, c) for c in candidates)
-        found.setdefault(tuple(c.replica for c in refined), (stages, refined))
+        splits = known.setdefault(stages, {})
+        _keep(found, stages, tuple(refine(problem, stages, c, splits) for c in candidates))
     loads = [(plan_load([c.capacity for c in cs], rate, tokens), cs) for _, cs in found.values()]
     by_rate = sorted(range(len(loads)), key=lambda k: -loads[k][0].requests_s)
     by_time = sorted(range(len(loads)), key=lambda k: loads[k][0].e2e)
@@ -107,17 +122,21 @@ def search(problem: Problem) -> list[Scored]:
 def worker_sets(devices: Sequence[Device]) -> list[tuple[Device, ...]]:
     """Sets of workers to search, where several share hardware: with one, two, ... of the workers of each.
 
-    Workers on one core each get a share of it, so leaving one out makes the others faster.
+    Workers that ask for more of one core than there is each get a share of it, so leaving one out makes others faster.
     """
     shared: dict[tuple[str, str], list[Device]] = {}
     for d in devices:
         shared.setdefault((d.host, hardware(d)), []).append(d)
-    counts = [range(len(group), 0, -1) for group in shared.values()]
+    counts = [range(len(group), 0, -1) if _crowded(group) else (len(group),) for group in shared.values()]
     out = []
     for chosen in itertools.islice(itertools.product(*counts), MOST_WORKER_SETS):
         names = {d.name for n, group in zip(chosen, shared.values(), strict=True) for d in group[:n]}
         out.append(tuple(d for d in devices if d.name in names))
     return out
+
+
+def _crowded(group: Sequence[Device]) -> bool:
+    return any(crowding(d, group) > 1.0 for d in group)
 
 
 def describe_shape(replicas: Sequence[Replica]) -> str:

@@ -4,8 +4,9 @@ A stage's time is taken from the cost model itself, as a fixed part and a part p
 layer and two give both. Groups of equal devices are interchangeable, so each kind of group is priced once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 from msgspec import structs
@@ -32,6 +33,8 @@ class Split(NamedTuple):
 
 SPLITS = (Split("speed"), Split("both"), Split("memory"), Split("even"))
 UNBOUNDED = 1 << 60
+COST_MODELS = 64
+"""Kept at a time; each holds times for thousands of batches."""
 Group = tuple[str, ...]
 """Names of the devices of one stage."""
 
@@ -72,7 +75,8 @@ class StageOption:
     """One group in one place of a pipeline. Times and memory are linear in its layers."""
 
     shards: tuple[Shard, ...]
-    costs: CostModel
+    costs: Callable[[], CostModel]
+    """Of the two trial replicas; large, so that not all are kept."""
     at: int
     """Index of the stage within the two trial replicas."""
     rooms: tuple["Room", ...]
@@ -85,7 +89,8 @@ class StageOption:
         """(nanoseconds without layers, nanoseconds per layer) for a batch."""
         got = self._known.get(shape)
         if got is None:
-            one, two = self.costs.stage_ns(0, self.at, shape), self.costs.stage_ns(1, self.at, shape)
+            costs = self.costs()
+            one, two = costs.stage_ns(0, self.at, shape), costs.stage_ns(1, self.at, shape)
             got = self._known[shape] = (2 * one - two, two - one)
         return got
 
@@ -112,6 +117,8 @@ class Stages:
         self.kind = {d.name: self._kind_of(d) for d in among}
         """Devices of the same kind are interchangeable but for their links."""
         self._options: dict[object, StageOption | None] = {}
+        self._cuts: dict[object, tuple[Shard, ...]] = {}
+        self._costs = lru_cache(COST_MODELS)(lambda plan: problem.costs(plan, self.among))
         self._shape = problem.demand.settled(min(problem.max_num_seqs, 32))
 
     def _kind_of(self, d: Device) -> int:
@@ -126,27 +133,34 @@ class Stages:
         kinds = tuple(self.kind[n] for n in group)
         onward_size = len(onward) if self.problem.cluster.links else 0
         inside, outward = self._links(group, group), self._links(group, onward)
-        key = (kinds, first, last, by if len(group) > 1 else None, inside, onward_size, outward)
+        shards = self._split(group, kinds, first, last, by)
+        parts = tuple((sh.heads, sh.ffn, sh.embed_rows, sh.head_rows) for sh in shards)
+        key = (kinds, first, last, parts, inside, onward_size, outward)
         if key not in self._options:
-            self._options[key] = self._price(group, first, last, onward, by)
+            self._options[key] = self._price(group, shards, first, last, onward)
         known = self._options[key]
         if known is None:
             return None
-        named = tuple(structs.replace(sh, device=n) for sh, n in zip(known.shards, group, strict=True))
         delay = round(max((delay for delay, _ in outward), default=0.0) * NS_PER_S)
-        return StageOption(named, known.costs, known.at, known.rooms, delay, known._known)
+        return StageOption(shards, known.costs, known.at, known.rooms, delay, known._known)
 
     def _links(self, a: Group, b: Group) -> tuple[tuple[float, float], ...]:
         """(delay, bandwidth) of the declared links between two groups, or inside one."""
         found = {(float(x.delay), x.bandwidth or 0.0) for x in self._declared.between(a, b)}
         return tuple(sorted(found))
 
-    def _price(self, group: Group, first: bool, last: bool, onward: Group, by: Split) -> StageOption | None:
-        problem = self.problem
-        if by.by == "speed" or len(group) == 1:
-            shards = self._split_by_speed(group, first, last, by.pace)
-        else:
-            shards = self._split_by_memory(group, first, last, by)
+    def _split(self, group: Group, kinds: tuple[int, ...], first: bool, last: bool, by: Split) -> tuple[Shard, ...]:
+        key = (kinds, first, last, by)
+        if key not in self._cuts:
+            if by.by == "speed" or len(group) == 1:
+                self._cuts[key] = self._split_by_speed(group, first, last, by.pace)
+            else:
+                self._cuts[key] = self._split_by_memory(group, first, last, by)
+        return tuple(structs.replace(sh, device=n) for sh, n in zip(self._cuts[key], group, strict=True))
+
+    def _price(
+        self, group: Group, shards: tuple[Shard, ...], first: bool, last: bool, onward: Group
+    ) -> StageOption | None:
         rooms = self._rooms(shards)
         if min(room.most_layers(1) for room in rooms) < 1:
             return None
@@ -155,8 +169,7 @@ class Stages:
         after = [] if last else [self._after(group, onward)]
         for n in (1, 2):
             replicas.append(Replica((*before, Stage((0, n), shards), *after)))
-        model_costs = problem.costs(Plan(tuple(replicas)), self.among)
-        return StageOption(shards, model_costs, len(before), rooms)
+        return StageOption(shards, partial(self._costs, Plan(tuple(replicas))), len(before), rooms)
 
     def _after(self, group: Group, onward: Group) -> Stage:
         """A stage behind this one, so that the link to it is priced; which splits it has does not matter."""

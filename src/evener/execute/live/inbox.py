@@ -5,6 +5,7 @@ import time
 import zmq
 
 from evener.execute.live.spans import SpanMaker
+from evener.execute.live.transport.shm import Pace
 from evener.execute.live.wire import Spans, ToWorker, decode_to_worker, encode
 from evener.units import Nanoseconds
 
@@ -19,9 +20,10 @@ _IDLE_MS = 10
 class Inbox:
     """Receives commands in order. With a span maker it also tells it about idle time and sends what it made."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]", device: str, spans: SpanMaker | None) -> None:
+    def __init__(self, socket: "zmq.Socket[bytes]", device: str, pace: Pace, spans: SpanMaker | None) -> None:
         self._socket = socket
         self._device = device
+        self._pace = pace
         self._spans = spans
         self._sent = time.monotonic_ns()
         self._idle = True
@@ -30,7 +32,11 @@ class Inbox:
     def next(self) -> ToWorker:
         """Wait for the next command."""
         if self._spans is None:
-            return self._decoded(self._socket.recv())
+            data = self._socket.recv()
+            self._pace.idled(
+                time.monotonic_ns(), time.thread_time_ns()
+            )  # a slow device pays nothing by waiting for work
+            return self._decoded(data)
         if time.monotonic_ns() - self._sent >= _PERIOD_NS:
             self.send_spans()
         try:

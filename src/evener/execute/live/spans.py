@@ -2,8 +2,9 @@
 
 Between two operations the worker computes; inside one it waits for peers (until the last had arrived) and then moves
 data. Every boundary carries the wall clock and the thread's CPU clock. A device of one thread does not block while it
-computes, so time off the CPU is a core lost: `contended`, as far as the kernel's run-queue and steal counters say so.
-What they do not explain is left out of the span's parts, and the ledger shows it as unattributed.
+computes, so time off the CPU is a core lost: `contended`, as far as the kernel's run-queue and steal counters say so
+(what a declared slow-down would have slept anyway is compute). What they do not explain is left out of the span's
+parts, and the ledger shows it as unattributed.
 """
 
 import time
@@ -45,7 +46,7 @@ class SpanMaker:
         self.idle_cpu = 0
         """CPU time between spans so far: polling and reporting."""
         self._helpers = kernel.helpers()
-        self._began = self._cpu = self._delay = self._slept = self._spent = self._idle_delay = 0
+        self._began = self._cpu = self._delay = self._slept = self._spent = self._waited = self._idle_delay = 0
         self.woken()
         self.idle_cpu = 0
 
@@ -62,7 +63,8 @@ class SpanMaker:
         delay = self._kernel.delay()
         self.idle_cpu += cpu - self._cpu
         self._idle_delay = delay - self._delay
-        self._cpu, self._delay, self._slept, self._spent = cpu, delay, self._pace.slept_ns, self._pace.spent_ns
+        self._cpu, self._delay = cpu, delay
+        self._see_pace()
         self._pace.idled(self._began, cpu)
 
     def finished(self, batch_id: int) -> None:
@@ -96,7 +98,8 @@ class SpanMaker:
         contended = min(off, delayed + others_delay)
         unexplained = off - contended
         # What is left of the thread's wait in the run queue fell into its operations: it was woken late.
-        woken_late = min(late, max(0, delayed - contended))
+        paid = self._pace.waited_ns - self._waited
+        woken_late = min(late, max(0, delayed - contended - paid))
         compute = own_wall - off
         if self._threads > 1:
             # Waiting for its own helpers is the device's own work; only what the kernel saw lost is not.
@@ -125,7 +128,11 @@ class SpanMaker:
         self._unexplained.append(unexplained)
         self.log.clear()
         self._began, self._cpu, self._delay, self._idle_delay = ended, cpu, delay, 0
-        self._slept, self._spent = self._pace.slept_ns, self._pace.spent_ns
+        self._see_pace()
+
+    def _see_pace(self) -> None:
+        pace = self._pace
+        self._slept, self._spent, self._waited = pace.slept_ns, pace.spent_ns, pace.waited_ns
 
     def take(self) -> tuple[Span, ...]:
         """The spans since the last call, in order."""

@@ -78,7 +78,7 @@ def load(config: WorkerConfig) -> Loaded:
     )  # fmt: skip
     _give_back_memory()
     kv = model.allocate_kv(config.kv_blocks, _TORCH_DTYPE[config.kv_dtype])
-    pace = Pace(device.slowdown)
+    pace = Pace(device.slowdown, threads, sleeps=config.shares_core)
     spans: SpanMaker | None = None
     if config.ledger:
         kernel = KernelTime(device.cores, threads)
@@ -113,7 +113,7 @@ def serve(config: WorkerConfig, socket: "zmq.Socket[bytes]") -> None:
     """Load, say so, and run batches until told to stop. Raises whatever went wrong."""
     runner, ready, spans = load(config)
     socket.send(encode(ready))
-    inbox = Inbox(socket, config.device.name, spans)
+    inbox = Inbox(socket, config.device.name, runner.pace, spans)
     while True:
         message = inbox.next()
         if isinstance(message, Stop):

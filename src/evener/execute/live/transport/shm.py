@@ -48,9 +48,10 @@ while a missing peer was last seen on this rank's own core. Pass 0 to ranks that
 
 Pace = _shm.Pace
 """A declared slow-down, so that real ranks behave as unlike hardware on any machine: a device owes `(slowdown - 1)`
-times the CPU time of its thread, and sleeps it before the next operation that others can see (`pay`).
+times the CPU time of its thread, and lets it pass before the next operation that others can see (`pay`).
 
-What it waited for its core meanwhile counts as paid: the device that it stands for would have had its own."""
+What it waited for its core meanwhile counts as paid: the device that it stands for would have had its own. An operation
+of a slowed rank may thus begin with a sleep, which an abort does not end before its time."""
 
 _SUMMABLE = {torch.float32: 0, torch.bfloat16: 1}
 

@@ -76,7 +76,7 @@ NB_MODULE(_shm, m) {
   m.attr("SUM") = reinterpret_cast<uintptr_t>(&Group::sum_for_native);
 
   nb::class_<Pace>(m, "Pace")
-      .def(nb::init<double>(), "slowdown"_a)
+      .def(nb::init<double, int, bool>(), "slowdown"_a, "threads"_a = 1, "sleeps"_a = true)
       .def("pay",
            [](Pace& p) {
              Gil gil;
@@ -87,6 +87,7 @@ NB_MODULE(_shm, m) {
       .def_prop_ro("slowdown", &Pace::slowdown)
       .def_prop_ro("owed_ns", &Pace::owed)
       .def_prop_ro("slept_ns", &Pace::slept)
+      .def_prop_ro("waited_ns", &Pace::waited)
       .def_prop_ro("spent_ns", &Pace::spent);
 
   nb::class_<Group>(m, "Group")
