@@ -1,13 +1,16 @@
 """The search: as good as trying everything, within memory, never harmed by a better device, the same every time."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from tests.plan.problems import TINY, Situation, best_of_all, make_problem, random_situation, with_slowdown
 
 from evener.errors import InvalidPlan
+from evener.plan.default import equal_plan
 from evener.plan.few import ordered_groups
 from evener.plan.more import only, with_more
 from evener.plan.pipeline import build_replica, deal_layers
@@ -187,3 +190,15 @@ def test_names_say_the_shape() -> None:
     shapes = {describe_shape(s.plan.replicas) for s in search(problem)}
     assert "dp4" in shapes
     assert TINY.layers == 6
+
+
+def test_where_time_counts_no_layout_of_like_replicas_is_predicted_to_be_quicker() -> None:
+    """Of many devices too: what serves the most is not what serves a request soonest."""
+    problem = make_problem(Situation((1.0,) * 8, (None,) * 8, 64, 32, 16))
+    most = search(problem)[0].load.requests_s
+    rate = most * 0.2
+    problem = replace(problem, demand=structs.replace(problem.demand, rate=rate))
+    found = min(s.load.e2e for s in search(problem))
+    for tp, pp in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (2, 4), (1, 4)):
+        plan = equal_plan(problem.model, problem.cluster.devices, tp, pp, 8 // (tp * pp))
+        assert found <= score(problem, plan).load.e2e * 1.02, (tp, pp)

@@ -6,17 +6,21 @@ program (HiGHS through scipy) chooses how often to use each within the devices t
 inside a host and among equal devices here; over hosts and unlike devices, pipelines do the same for less traffic.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from evener.plan.capacity import plan_load
 from evener.plan.pipeline import Candidate, build_replica
 from evener.plan.problem import Problem
 from evener.plan.stages import Group, Stages
 
 BEAM = 24
 """Patterns kept per number of units, for each of two orders of merit."""
+QUICK = 8
+"""Mixes of like replicas that are kept for their predicted time."""
 MOST_UNITS = 32
 """Stages of a replica at most."""
 SECONDS = 10.0
@@ -245,7 +249,30 @@ def plans_of_many(problem: Problem, stages: Stages) -> list[tuple[Candidate, ...
         seen.add(tuple(chosen))
         if (plan := _build(pool, chosen)) is not None:
             out.append(plan)
+    for chosen in quick_mixes(pool, patterns):
+        if tuple(chosen) not in seen and (plan := _build(pool, chosen)) is not None:
+            out.append(plan)
     return out
+
+
+def quick_mixes(pool: _Pool, patterns: Sequence[Pattern]) -> list[list[Pattern]]:
+    """Where time counts: several replicas of one pattern, those with the shortest predicted time under the rate."""
+    demand = pool.problem.demand
+    if demand.rate is None and not pool.problem.bounds:
+        return []
+    timed: list[tuple[float, list[Pattern]]] = []
+    for p in dict.fromkeys(patterns):
+        candidate = pool.candidate(p)
+        assert candidate is not None
+        devices: dict[int, int] = {}
+        for unit in p:
+            devices[unit.kind] = devices.get(unit.kind, 0) + unit.size
+        most = min(pool.stock.devices(kind) // n for kind, n in devices.items())
+        least = 1 if demand.rate is None else math.floor(demand.rate / candidate.capacity.requests_s) + 1
+        for copies in {least, (least + most) // 2, most} if least <= most else ():
+            load = plan_load([candidate.capacity] * copies, demand.rate, demand.output_tokens)
+            timed.append((load.e2e, [p] * copies))
+    return [chosen for _, chosen in sorted(timed)[:QUICK]]
 
 
 def _build(pool: _Pool, chosen: Sequence[Pattern]) -> tuple[Candidate, ...] | None:
