@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from common import RESULTS, BenchmarkFailed, markdown, save
 from evener.api import make_options, prepare
@@ -98,21 +98,37 @@ def plans_to_measure(problem: Problem) -> list[Scored]:
 
 def measure(s: Situation, scored: Scored, problem: Problem) -> float:
     """Output tokens per second of one live run, in a process of its own."""
+    return float(in_child(__file__, s, scored, problem)["tokens_s"])
+
+
+def in_child(script: str, s: Situation, scored: Scored, problem: Problem, **more: object) -> dict[str, Any]:
+    """What `script --child JOB` prints, JSON, for a plan on the devices of a situation; the job also holds `more`."""
+    used = set(scored.plan.devices())
     with tempfile.TemporaryDirectory() as tmp:
         path = Path(tmp) / "plan.yaml"
         save_plan(scored.plan, path)
         job = {
             "plan": str(path),
-            "devices": [d for d in s.devices if d.partition(",")[0] in scored.plan.devices()],
-            "links": [(x.a, x.b, x.delay) for x in links_of(s) if {x.a, x.b} <= set(scored.plan.devices())],
+            "devices": [d for d in s.devices if d.partition(",")[0] in used],
+            "links": [(x.a, x.b, x.delay) for x in links_of(s) if {x.a, x.b} <= used],
             "dtype": problem.memory.dtype,
             "items": [(i.input_tokens, i.output_tokens) for i in problem.items],
+            **more,
         }
-        command = [sys.executable, __file__, "--child", json.dumps(job)]
+        command = [sys.executable, script, "--child", json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BenchmarkFailed(f"{s.name}, {scored.plan.name}: {done.stderr[-2000:]}")
-    return float(json.loads(done.stdout)["tokens_s"])
+    return cast("dict[str, Any]", json.loads(done.stdout))
+
+
+def engine_options(job: dict[str, Any]) -> dict[str, Any]:
+    """Of the engine that a job asks for."""
+    return {
+        "plan": job["plan"], "devices": tuple(job["devices"]), "dtype": job["dtype"], "max_num_seqs": MAX_SEQS,
+        "links": tuple(Link(a, b, Seconds(delay)) for a, b, delay in job["links"]),
+        "kv_cache_memory": f"{KV}B", "max_model_len": 1024,
+    }  # fmt: skip
 
 
 def child(job: dict[str, Any]) -> None:
@@ -122,11 +138,7 @@ def child(job: dict[str, Any]) -> None:
     rng = random.Random(0)
     prompts = [[rng.randrange(100, 32_000) for _ in range(n)] for n, _ in job["items"]]
     params = [SamplingParams(temperature=0.0, max_tokens=m, ignore_eos=True) for _, m in job["items"]]
-    links = tuple(Link(a, b, Seconds(delay)) for a, b, delay in job["links"])
-    with LLM(
-        plan=job["plan"], devices=tuple(job["devices"]), links=links, max_num_seqs=MAX_SEQS,
-        kv_cache_memory=f"{KV}B", max_model_len=1024, dtype=job["dtype"],
-    ) as llm:  # fmt: skip
+    with LLM(**engine_options(job)) as llm:
         llm.generate([[7] * 64, [9] * 8], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
         began = time.perf_counter()
         outputs = llm.generate(prompts, params)

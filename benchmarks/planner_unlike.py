@@ -13,27 +13,23 @@ import asyncio
 import itertools
 import json
 import random
-import subprocess
 import sys
-import tempfile
 import time
 from contextlib import aclosing
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
-from common import BenchmarkFailed, markdown, save
+from common import markdown, save
 from evener.api import start_engine
 from evener.engine.request import Request, SamplingParams
 from evener.plan.baselines import score_usual
-from evener.plan.load import save_plan
 from evener.plan.more import only
 from evener.plan.planner import choose_plan
 from evener.plan.problem import Problem
 from evener.plan.search import Scored, search
 from evener.plan.trial import try_plan
-from planner_live import CHAT, KV, MAX_SEQS, Situation, problem_of
+from planner_live import CHAT, MAX_SEQS, Situation, engine_options, in_child, problem_of
 
 GROUPS = (
     Situation("1 and 1/2", ("cpu:0", "cpu:1,slowdown=2"), CHAT),
@@ -45,31 +41,13 @@ COMPUTING = ("prefill", "decode")
 
 def measure(s: Situation, scored: Scored, problem: Problem, seconds: float) -> dict[str, Any]:
     """A full engine in a process of its own: tokens of prompts and answers per second, causes of its devices' time."""
-    with tempfile.TemporaryDirectory() as tmp:
-        path = Path(tmp) / "plan.yaml"
-        save_plan(scored.plan, path)
-        job = {
-            "plan": str(path),
-            "devices": [d for d in s.devices if d.partition(",")[0] in scored.plan.devices()],
-            "dtype": problem.memory.dtype,
-            "items": [(i.input_tokens, i.output_tokens) for i in problem.items],
-            "replicas": len(scored.plan.replicas),
-            "seconds": seconds,
-        }
-        command = [sys.executable, __file__, "--child", json.dumps(job)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BenchmarkFailed(f"{s.name}, {scored.plan.name}: {done.stderr[-2000:]}")
-    return cast("dict[str, Any]", json.loads(done.stdout))
+    return in_child(__file__, s, scored, problem, replicas=len(scored.plan.replicas), seconds=seconds)
 
 
 async def child(job: dict[str, Any]) -> None:
     """Keep an engine full, and print what it does in the middle of that."""
     rng = random.Random(0)
-    engine = await start_engine(
-        plan=job["plan"], devices=tuple(job["devices"]), max_num_seqs=MAX_SEQS, kv_cache_memory=f"{KV}B",
-        max_model_len=1024, dtype=job["dtype"],
-    )  # fmt: skip
+    engine = await start_engine(**engine_options(job))
     items = itertools.cycle(job["items"])
     lengths = [m for _, m in job["items"]]
     counted = sent = 0

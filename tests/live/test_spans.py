@@ -15,7 +15,7 @@ from evener.execute.live.inbox import Inbox
 from evener.execute.live.kernel_time import Helpers, KernelTime
 from evener.execute.live.spans import SpanMaker
 from evener.execute.live.transport.base import Stamp
-from evener.execute.live.transport.shm import Pace
+from evener.execute.live.transport.pace import Pace
 from evener.execute.live.wire import Stop, encode
 from evener.ledger.spans import Op, Span
 from evener.units import Nanoseconds as Ns

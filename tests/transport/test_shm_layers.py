@@ -11,7 +11,8 @@ from ranks import in_threads, names, with_group
 from evener.errors import WorkerLost
 from evener.execute.live.transport.base import Stamp
 from evener.execute.live.transport.layout import GroupSpec, SegmentLayout
-from evener.execute.live.transport.shm import Pace, Segment, ShmGroup
+from evener.execute.live.transport.pace import Pace
+from evener.execute.live.transport.shm import Segment, ShmGroup
 from evener.kernels import Layers, LayerShape, PackedWeight, pack_weight
 from evener.units import Seconds
 

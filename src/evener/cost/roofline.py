@@ -207,7 +207,7 @@ class _StageTables:
         self.alike = all(own == self.own[0] for own in self.own)
         """Every shard takes as long as the first: an equal split over equal devices."""
         self.sharing = any(own.lost > 0 for own in self.own)
-        """Some workers share a core."""
+        """Some workers wait for others on their core."""
         self.steps: dict[int, _Steps] = {}
         """By rows, as they are asked for."""
         self.chunk_ns = max(round(CHUNK_OPS * c.rates.op_ns * c.stretch) for c in costs)

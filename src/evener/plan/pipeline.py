@@ -22,6 +22,7 @@ REFINEMENTS = ((4.0, 0.25), (2.0, 0.5), (1.25, 0.8))
 """The same, from coarse to fine, when the best plans are refined."""
 BOTH = ((True, True),)
 EACH = ((True, True), (True, False), (False, True))
+"""Which parts of a device a step changes: (heads, columns)."""
 
 
 class Candidate(Struct, frozen=True):
@@ -112,7 +113,7 @@ def build_replica(
     return max(able, key=lambda c: c.capacity.requests_s) if able else None
 
 
-def recut(problem: Problem, stages: Stages, candidate: Candidate, factors: Sequence[float] = RECUTS) -> Candidate:
+def recut(problem: Problem, stages: Stages, candidate: Candidate) -> Candidate:
     """The same groups in the same order, with one device of a stage doing less than its speed says, if that is better.
 
     The rule for splits looks at time alone; where memory or whole heads bound a split, another may serve more.
@@ -120,7 +121,7 @@ def recut(problem: Problem, stages: Stages, candidate: Candidate, factors: Seque
     best = candidate
     for by in SPLITS if any(len(s.shards) > 1 for s in candidate.replica.stages) else ():
         start = tuple(by for _ in candidate.splits)
-        for splits in _moves(stages, candidate, start, factors, BOTH):
+        for splits in _moves(stages, candidate, start, RECUTS, BOTH):
             best = _better(problem, stages, best, splits)
     return best
 

@@ -155,7 +155,7 @@ class Stages:
             if by.by == "speed" or len(group) == 1:
                 self._cuts[key] = self._split_by_speed(group, first, last, by.pace)
             else:
-                self._cuts[key] = self._split_by_memory(group, first, last, by)
+                self._cuts[key] = self._split_by_share(group, first, last, by)
         return tuple(structs.replace(sh, device=n) for sh, n in zip(self._cuts[key], group, strict=True))
 
     def _price(
@@ -201,14 +201,13 @@ class Stages:
         ]
         return split_stage(model, list(group), costs, self._shape, first=first, last=last, pace=pace)
 
-    def _split_by_memory(self, group: Group, first: bool, last: bool, by: Split) -> tuple[Shard, ...]:
-        """Heads, columns and vocabulary rows in proportion to memory (evenly where none is declared): slower, but with
-        more KV room where the fast have little memory. Or half way towards the split by speed."""
+    def _split_by_share(self, group: Group, first: bool, last: bool, by: Split) -> tuple[Shard, ...]:
+        """Heads, columns and vocabulary rows in proportion to memory (evenly where none is declared), half way from
+        that towards the split by speed, or evenly: slower, but with more KV room where the fast have little memory."""
         declared = [self.devices[n].memory for n in group]
         even = by.by == "even" or None in declared
         weights = [1.0 if even else float(m or 0) for m in declared]
         model, fast = self.problem.model, self._split_by_speed(group, first, last, by.pace)
-
         paces = by.pace or ((1.0, 1.0),) * len(group)
 
         def cut(total: int, multiple: int, by_speed: list[int], part: Literal[0, 1]) -> tuple[Interval, ...]:

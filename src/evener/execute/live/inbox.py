@@ -5,7 +5,7 @@ import time
 import zmq
 
 from evener.execute.live.spans import SpanMaker
-from evener.execute.live.transport.shm import Pace
+from evener.execute.live.transport.pace import Pace
 from evener.execute.live.wire import Spans, ToWorker, decode_to_worker, encode
 from evener.units import Nanoseconds
 
@@ -33,9 +33,8 @@ class Inbox:
         """Wait for the next command."""
         if self._spans is None:
             data = self._socket.recv()
-            self._pace.idled(
-                time.monotonic_ns(), time.thread_time_ns()
-            )  # a slow device pays nothing by waiting for work
+            # A slow device pays nothing by waiting for work; with a span maker that is told by `woken`.
+            self._pace.idled(time.monotonic_ns(), time.thread_time_ns())
             return self._decoded(data)
         if time.monotonic_ns() - self._sent >= _PERIOD_NS:
             self.send_spans()

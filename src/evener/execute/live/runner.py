@@ -20,7 +20,7 @@ from evener.engine.batch import Batch, BatchResult, TokenLogprobs
 from evener.execute.live.sampler import Sampler
 from evener.execute.live.slots import Sampling, Slots
 from evener.execute.live.transport.base import Group, Pipe
-from evener.execute.live.transport.shm import Pace
+from evener.execute.live.transport.pace import Pace
 from evener.model.decoder import StageModel
 from evener.model.inputs import Rows
 

@@ -14,7 +14,7 @@ from msgspec import structs
 
 from evener.execute.live.kernel_time import KernelTime
 from evener.execute.live.transport.base import Group, Pipe, RunsLayers, Stamp
-from evener.execute.live.transport.shm import Pace
+from evener.execute.live.transport.pace import Pace
 from evener.kernels.layers import Batch, Layers
 from evener.ledger.spans import Op, Segment, Span, Traffic
 from evener.units import Nanoseconds

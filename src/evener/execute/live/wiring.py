@@ -5,8 +5,9 @@ from collections.abc import Callable
 from evener.execute.live.runner import Wiring
 from evener.execute.live.transport.base import Group, Pipe
 from evener.execute.live.transport.layout import SegmentLayout
+from evener.execute.live.transport.pace import Pace
 from evener.execute.live.transport.segment import Segment
-from evener.execute.live.transport.shm import Pace, ShmGroup, ShmPipe
+from evener.execute.live.transport.shm import ShmGroup, ShmPipe
 from evener.ledger.spans import Op
 from evener.spec.plan import Replica
 from evener.units import Seconds
@@ -20,11 +21,11 @@ def connect(
     rank: int,
     deadline: Seconds,
     spin: Seconds,
-    pace: Pace | None,
+    pace: Pace,
     wrap_group: Callable[[Group], Group],
     wrap_pipe: Callable[[Pipe, Op], Pipe],
 ) -> Wiring:
-    """Open this rank's ends. `spin`: how long a wait may keep its core. `pace`: of a device with a slow-down.
+    """Open this rank's ends. `spin`: how long a wait may keep its core. `pace`: of its device.
 
     `wrap_*` decorate them (spans); for a pipe with what receiving from it means, RECV or TOKENS.
     """

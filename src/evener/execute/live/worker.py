@@ -25,8 +25,9 @@ from evener.execute.live.slots import Slots
 from evener.execute.live.spans import SpanMaker, TimedGroup, TimedPipe
 from evener.execute.live.topology import layout_of
 from evener.execute.live.transport.base import Group, Pipe
+from evener.execute.live.transport.pace import Pace
 from evener.execute.live.transport.segment import Segment
-from evener.execute.live.transport.shm import SPIN, Pace
+from evener.execute.live.transport.shm import SPIN
 from evener.execute.live.wire import Done, Lost, Ready, Stop, WorkerConfig, encode
 from evener.execute.live.wiring import connect
 from evener.ledger.spans import Op
@@ -96,8 +97,7 @@ def load(config: WorkerConfig) -> Loaded:
         Segment.attach(config.segment_fd) if config.segment_fd >= 0 else None,
         layout_of(replica, config.links, config.spec.hidden, config.max_batch_tokens),
         replica, config.stage, config.rank, Seconds(config.wait_deadline_s),
-        Seconds(0.0) if config.shares_core else SPIN,
-        pace if device.slowdown > 1.0 else None, wrap_group, wrap_pipe,
+        Seconds(0.0) if config.shares_core else SPIN, pace, wrap_group, wrap_pipe,
     )  # fmt: skip
     sampler = Sampler(wiring.group, config.rank, shard.head_rows, config.spec.vocab) if last else None
     slots = Slots(config.max_num_seqs, config.max_model_len, config.block_tokens)

@@ -34,6 +34,7 @@ from evener.errors import WorkerLost
 from evener.execute.live.transport import _shm
 from evener.execute.live.transport.base import Stamp
 from evener.execute.live.transport.layout import DIRECT_BYTES, GroupRegion, PipeRegion, link_time
+from evener.execute.live.transport.pace import Pace
 from evener.execute.live.transport.segment import Segment
 from evener.kernels.layers import Batch, Layers
 from evener.units import NS_PER_S, Nanoseconds, Seconds, ns
@@ -45,13 +46,6 @@ DEADLINE = Seconds(60.0)
 SPIN = Seconds(100e-6)
 """Longest spin before a sleep; twice what falling asleep and being woken costs. Shorter while waits last longer, none
 while a missing peer was last seen on this rank's own core. Pass 0 to ranks that share cores with other replicas."""
-
-Pace = _shm.Pace
-"""A declared slow-down, so that real ranks behave as unlike hardware on any machine: a device owes `(slowdown - 1)`
-times the CPU time of its thread, and lets it pass before the next operation that others can see (`pay`).
-
-What it waited for its core meanwhile counts as paid: the device that it stands for would have had its own. An operation
-of a slowed rank may thus begin with a sleep, which an abort does not end before its time."""
 
 _SUMMABLE = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -67,7 +61,7 @@ class ShmGroup:
         self, segment: Segment, region: GroupRegion, rank: int, deadline: Seconds = DEADLINE, spin: Seconds = SPIN,
         pace: Pace | None = None,
     ) -> None:  # fmt: skip
-        """`pace`: of a device with a declared slow-down."""
+        """`pace`: of the device, paid before operations."""
         self.rank = rank
         self.size = len(region.spec.devices)
         self._spec = region.spec
@@ -175,7 +169,7 @@ class ShmPipe:
         self, segment: Segment, region: PipeRegion, role: str, deadline: Seconds = DEADLINE, spin: Seconds = SPIN,
         pace: Pace | None = None,
     ) -> None:  # fmt: skip
-        """`role`: "send" or "recv". `pace`: of a device with a declared slow-down."""
+        """`role`: "send" or "recv". `pace`: of the device, paid before operations."""
         if role not in ("send", "recv"):
             raise ValueError(f"pipe role {role!r}; it is send or recv")
         spec = region.spec

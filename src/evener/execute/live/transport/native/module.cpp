@@ -84,7 +84,6 @@ NB_MODULE(_shm, m) {
            })
       .def("skip", &Pace::skip)
       .def("idled", &Pace::idled)
-      .def_prop_ro("slowdown", &Pace::slowdown)
       .def_prop_ro("owed_ns", &Pace::owed)
       .def_prop_ro("slept_ns", &Pace::slept)
       .def_prop_ro("waited_ns", &Pace::waited)

@@ -29,7 +29,6 @@ class Pace {
   // Nor is what passed while it had nothing to do.
   void idled(int64_t now, int64_t cpu) { wall_ = now, cpu_ = cpu; }
 
-  double slowdown() const { return slowdown_; }
   double owed() const { return owed_; }     // ns; negative after a sleep that was late
   int64_t slept() const { return slept_; }  // ns let pass so far, with waits for the core that count as paid
   int64_t waited() const { return waited_; }  // of that, the waits, and what took too long
