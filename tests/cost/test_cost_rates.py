@@ -5,15 +5,35 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
-from evener.cost.rates import COLD, Collective, GemmRates, Profile, Rates, bind, default_profile
-from evener.errors import InvalidDevice
+from evener.cost.rates import (
+    COLD,
+    AttentionRates,
+    Collective,
+    GemmRates,
+    Profile,
+    Rates,
+    any_kv,
+    bind,
+    default_profile,
+)
+from evener.errors import InvalidDevice, InvalidInput
 from evener.spec.cluster import parse_device
 from evener.spec.model import DTYPE_BYTES
 
 
 def rates(*points: tuple[int, float], read: float = 1e30) -> Rates:
-    return Rates((GemmRates("fp32", points),), read, 1e9, 1e9, 1.0)
+    return Rates((GemmRates("fp32", points),), read, any_kv(1e9, 1e9), 1.0)
+
+
+def test_attention_is_told_apart_by_the_dtype_of_the_cache() -> None:
+    r = structs.replace(rates((1, 1e9)), attention=(AttentionRates("fp32", 1e9, 2e9), AttentionRates("int8", 3e9, 4e9)))
+    assert (r.attention_over("int8").flops, r.attention_over("fp32").bandwidth) == (3e9, 2e9)
+    with pytest.raises(InvalidInput, match=r"no attention rate for kv_dtype 'bf16'.*\(measured: fp32, int8\)"):
+        r.attention_over("bf16")
+    with pytest.raises(ValueError, match="decode attention over int8 is 0"):
+        AttentionRates("int8", 1e9, 0)
 
 
 def test_gemm_between_and_beyond_measured_rows() -> None:

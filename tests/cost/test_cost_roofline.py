@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from evener.cost.base import BatchShape, CostModel
-from evener.cost.rates import Collective, DeviceProfile, GemmRates, Profile, Rates, bind, default_profile
+from evener.cost.rates import Collective, DeviceProfile, GemmRates, Profile, Rates, any_kv, bind, default_profile
 from evener.cost.roofline import ATTENTION_OPS, CHUNK_OPS, EMBED_OPS, FFN_OPS, HEAD_OPS, MAX_ROWS, RooflineCostModel
 from evener.errors import InvalidDevice, InvalidInput
 from evener.spec.cluster import Link, parse_device
@@ -22,7 +22,7 @@ HUGE = 1e30
 
 
 def rates(gemm: float = HUGE, read: float = HUGE, flops: float = HUGE, kv: float = HUGE, op_ns: float = 1e-9) -> Rates:
-    return Rates((GemmRates("fp32", ((1, gemm), (256, gemm))),), read, flops, kv, op_ns)
+    return Rates((GemmRates("fp32", ((1, gemm), (256, gemm))),), read, any_kv(flops, kv), op_ns)
 
 
 def profile(*each: Rates, collective: tuple[tuple[int, float], ...] = (), host_ns: int = 0) -> Profile:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from evener.cost.base import BatchShape
 from evener.cost.published import cluster_profile
-from evener.cost.rates import DeviceProfile, GemmRates, Profile, Rates
+from evener.cost.rates import DeviceProfile, GemmRates, Profile, Rates, any_kv
 from evener.cost.work import PlanWork
 from evener.errors import InvalidDevice, InvalidInput
 from evener.spec.cluster_text import cluster_from_mapping
@@ -16,7 +16,7 @@ from evener.spec.plan import Plan, Replica, Shard, Stage
 TINY = ModelSpec("llama", vocab=1000, hidden=64, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=128, max_position=64)
 LAYER = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128
 """Weights of q, k, v, o and of gate, up, down."""
-RATES = Rates((GemmRates("fp32", ((1, 1e9), (64, 8e9), (256, 6e9))),), 5e9, 1e9, 4e9, 100.0)
+RATES = Rates((GemmRates("fp32", ((1, 1e9), (64, 8e9), (256, 6e9))),), 5e9, any_kv(1e9, 4e9), 100.0)
 
 
 def profile(*names: str, slowdown: float = 1.0) -> Profile:

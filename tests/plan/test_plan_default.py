@@ -132,8 +132,9 @@ def measured(*speeds: float) -> tuple[list[Device], Profile]:
         r = default_rates(d)
         gemm = tuple(structs.replace(t, points=tuple((n, x * speed) for n, x in t.points)) for t in r.gemm)
         fast = structs.replace(
-            r, gemm=gemm, read_bandwidth=r.read_bandwidth * speed, attention_flops=r.attention_flops * speed,
-            attention_bandwidth=r.attention_bandwidth * speed, op_ns=r.op_ns / speed,
+            r, gemm=gemm, read_bandwidth=r.read_bandwidth * speed, op_ns=r.op_ns / speed, attention=tuple(
+                structs.replace(a, flops=a.flops * speed, bandwidth=a.bandwidth * speed) for a in r.attention
+            ),
         )  # fmt: skip
         rows.append(DeviceProfile(d.name, "cpu", fast, fast, hardware=d.name))
     return devices, Profile(tuple(rows), (), "measured")

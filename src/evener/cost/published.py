@@ -15,6 +15,7 @@ from evener.cost.rates import (
     GemmRates,
     Profile,
     Rates,
+    any_kv,
     bind,
     default_profile,
     hardware,
@@ -54,7 +55,7 @@ def published_rates(peaks: Peaks) -> Rates:
         rows = sorted({1, max(2, min(knee, MOST_ROWS - 1)), MOST_ROWS})
         tables.append(GemmRates(dtype, tuple((r, reached) for r in rows)))
     best = max((rate for dtype, rate in peaks.flops if dtype in ("bf16", "fp16")), default=peaks.flops[0][1])
-    return Rates(tuple(tables), read, best * ATTENTION_SHARE, read, OP_NS)
+    return Rates(tuple(tables), read, any_kv(best * ATTENTION_SHARE, read), OP_NS)
 
 
 def published_collectives() -> tuple[Collective, ...]:

@@ -18,7 +18,7 @@ from evener.spec.cluster import Device
 from evener.spec.model import DTYPE_BYTES
 from evener.spec.peaks import Peaks
 
-FORMAT = 7
+FORMAT = 8
 """Version of the stored form; a file of another version is measured again."""
 
 COLD = 1.2
@@ -54,16 +54,28 @@ class GemmRates(Struct, frozen=True):
             _positive(f"gemm {self.dtype}, {r} rows", rate)
 
 
+class AttentionRates(Struct, frozen=True):
+    """Rates of attention over a KV cache of one dtype, which comes from memory, not from the processor's cache."""
+
+    kv_dtype: str
+    flops: float
+    """Flop/s of prefill attention; a (query head, key) pair is 4 * head_dim flop."""
+    bandwidth: float
+    """Bytes per second of K and V read by decode attention."""
+
+    def __post_init__(self) -> None:
+        _positive(f"prefill attention over {self.kv_dtype}", self.flops)
+        _positive(f"decode attention over {self.kv_dtype}", self.bandwidth)
+
+
 class Rates(Struct, frozen=True):
     """What one device does per second, without any declared slow-down."""
 
     gemm: tuple[GemmRates, ...]
     read_bandwidth: float
     """Bytes per second read from memory."""
-    attention_flops: float
-    """Flop/s of prefill attention; a (query head, key) pair is 4 * head_dim flop."""
-    attention_bandwidth: float
-    """Bytes per second of K and V read by decode attention."""
+    attention: tuple[AttentionRates, ...]
+    """By the dtype of the KV cache."""
     op_ns: float
     """Host time to start one operator, nanoseconds."""
     step_ns: float = 0.0
@@ -71,7 +83,7 @@ class Rates(Struct, frozen=True):
     device does that itself. 0: the host does it, in `Profile.host_ns`."""
 
     def __post_init__(self) -> None:
-        for what in ("read_bandwidth", "attention_flops", "attention_bandwidth", "op_ns"):
+        for what in ("read_bandwidth", "op_ns"):
             _positive(what, getattr(self, what))
         if not (math.isfinite(self.step_ns) and self.step_ns >= 0):
             raise ValueError(f"step_ns is {self.step_ns}; it must be 0 or more")
@@ -95,6 +107,16 @@ class Rates(Struct, frozen=True):
         past = np.maximum(r / at[-1], 1.0)
         out: Floats = np.where(r > 0, np.interp(r, at, cost) * past, 0.0) * 1e9
         return out
+
+    def attention_over(self, kv_dtype: str) -> AttentionRates:
+        """The rates of attention over a KV cache of this dtype. Raises InvalidInput for an unmeasured one."""
+        for rates in self.attention:
+            if rates.kv_dtype == kv_dtype:
+                return rates
+        have = ", ".join(a.kv_dtype for a in self.attention) or "none"
+        raise InvalidInput(
+            f"no attention rate for kv_dtype {kv_dtype!r} in the profile (measured: {have}); use one of these"
+        )
 
 
 class DeviceProfile(Struct, frozen=True):
@@ -264,7 +286,12 @@ def _assumed(
             roof = 2 * rows * bandwidth / DTYPE_BYTES[dtype]
             points.append((rows, min(peak * rows / (rows + half_rows), roof)))
         tables.append(GemmRates(dtype, tuple(points)))
-    return Rates(tuple(tables), bandwidth, attention, bandwidth, op_ns, step_ns)
+    return Rates(tuple(tables), bandwidth, any_kv(attention, bandwidth), op_ns, step_ns)
+
+
+def any_kv(flops: float, bandwidth: float) -> tuple[AttentionRates, ...]:
+    """Attention that reads bytes of K and V at the same rate whatever their dtype: where nothing was measured."""
+    return tuple(AttentionRates(dtype, flops, bandwidth) for dtype in DTYPE_BYTES)
 
 
 def default_rates(device: Device) -> Rates:

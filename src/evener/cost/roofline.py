@@ -22,7 +22,7 @@ from evener.cost.rates import DeviceProfile, Floats, Profile
 from evener.errors import InvalidInput
 from evener.spec.cluster import Link
 from evener.spec.links import Links
-from evener.spec.model import DTYPE_BYTES, ModelSpec
+from evener.spec.model import DTYPE_BYTES, ModelSpec, kv_token_bytes
 from evener.spec.plan import Plan, Replica, Shard, Stage, size
 from evener.units import Nanoseconds
 
@@ -48,7 +48,8 @@ class DeviceCosts:
         self.model, self.dtype, self.rates = model, dtype, device.rates(alone)
         self.stretch = device.stretch(alone)
         self.lost = device.lost(alone)
-        self.kv_bytes = DTYPE_BYTES[kv_dtype]
+        self.kv_bytes = kv_token_bytes(model.head_dim, kv_dtype)
+        self.attention = self.rates.attention_over(kv_dtype)
         self.activation_bytes = 2 if device.kind == "cuda" and dtype != "fp32" else ACTIVATION_BYTES
 
     def _phase(self, rows: NDArray[np.int64], weights: int, values_per_row: int, ops: int) -> Floats:
@@ -67,11 +68,11 @@ class DeviceCosts:
 
     def pair_ns(self, heads: int) -> float:
         """One layer's prefill attention, per (query token, key) pair."""
-        return heads * 4 * self.model.head_dim / self.rates.attention_flops * 1e9 * self.stretch
+        return heads * 4 * self.model.head_dim / self.attention.flops * 1e9 * self.stretch
 
     def key_ns(self, heads: int, kv_heads: int) -> float:
         """One layer's decode attention, per key read by a decoding row: bound by bytes or by flop."""
-        read = kv_heads * 2 * self.model.head_dim * self.kv_bytes / self.rates.attention_bandwidth * 1e9
+        read = kv_heads * 2 * self.kv_bytes / self.attention.bandwidth * 1e9
         return max(read * self.stretch, self.pair_ns(heads))
 
     def step_rows(self, rows: NDArray[np.int64]) -> Floats:

@@ -109,4 +109,5 @@ def _peak(profile: Profile, name: str, dtype: str) -> tuple[float, float]:
         assert published is not None, f"{name} has a rate for {dtype} and no peak"
         return published / device.slowdown, device.peaks.bandwidth / device.slowdown
     flops = max(rate for _, rate in tables[0].points)
-    return flops / device.slowdown, max(rates.read_bandwidth, rates.attention_bandwidth) / device.slowdown
+    read = max(rates.read_bandwidth, *(a.bandwidth for a in rates.attention))
+    return flops / device.slowdown, read / device.slowdown

@@ -17,9 +17,13 @@ class ReadBandwidth(Struct, frozen=True, tag=True):
 class PrefillAttention(Struct, frozen=True, tag=True):
     """Flop/s of causal attention over one chunk."""
 
+    kv_dtype: str
+
 
 class DecodeAttention(Struct, frozen=True, tag=True):
-    """Bytes of K and V per second read by decoding rows whose KV exceeds the cache."""
+    """Bytes of K and V per second read by decoding rows; layers take turns, so that their KV exceeds the cache."""
+
+    kv_dtype: str
 
 
 class OpOverhead(Struct, frozen=True, tag=True):

@@ -9,8 +9,11 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Literal
 
+from msgspec import structs
+
 from evener.cost.rates import (
     DEFAULT_COLLECTIVE,
+    AttentionRates,
     Collective,
     DeviceProfile,
     GemmRates,
@@ -170,8 +173,8 @@ class _Run:
     def _rates(self, probes: dict[str, ProbeProcess], group: Sequence[Device]) -> dict[str, Rates]:
         dtypes = ("fp32", "bf16", "fp16", "int8") if any(d.kind == "cuda" for d in group) else ("fp32", "bf16", "int8")
         gemm = {(t, r): self._ask(probes, Gemm(t, r)) for t in dtypes for r in self.rows}
-        read, op = self._ask(probes, ReadBandwidth()), self._ask(probes, OpOverhead())
-        prefill, decode = self._ask(probes, PrefillAttention()), self._ask(probes, DecodeAttention())
+        memory, op = self._ask(probes, ReadBandwidth()), self._ask(probes, OpOverhead())
+        attention = {t: (self._ask(probes, PrefillAttention(t)), self._ask(probes, DecodeAttention(t))) for t in dtypes}
         out = {}
         for d in (d for d in group if d.name in probes):
             tables = []
@@ -179,15 +182,19 @@ class _Run:
                 points = [(r, value) for r in self.rows if (value := gemm[dtype, r][d.name]) is not None]
                 if points:
                     tables.append(GemmRates(dtype, tuple(points)))
-            bandwidth, op_ns = read[d.name], op[d.name]
+            bandwidth, op_ns = memory[d.name], op[d.name]
             if not tables or bandwidth is None or op_ns is None:
                 raise StartFailed(f"device {d.name} could not be measured at all: {'; '.join(self.missing)}")
-            flops, kv = prefill[d.name], decode[d.name]
+            attends = tuple(
+                AttentionRates(t, flops, read)
+                for t, (prefill, decode) in attention.items()
+                if (flops := prefill[d.name]) is not None and (read := decode[d.name]) is not None
+            )
             assumed = default_rates(d)
-            if flops is None or kv is None:
+            if not attends:
                 self.missing["attention rates are assumed"] = None
-            kv = kv or min(bandwidth, assumed.attention_bandwidth)
-            out[d.name] = Rates(tuple(tables), bandwidth, flops or assumed.attention_flops, kv, op_ns, assumed.step_ns)
+                attends = tuple(structs.replace(a, bandwidth=min(bandwidth, a.bandwidth)) for a in assumed.attention)
+            out[d.name] = Rates(tuple(tables), bandwidth, attends, op_ns, assumed.step_ns)
         return out
 
     def _collective(self, group: int, ranks: int, probes: dict[str, ProbeProcess]) -> Collective:

@@ -26,15 +26,20 @@ from evener.profile.items import (
     ReadBandwidth,
     Setup,
 )
+from evener.spec.model import kv_token_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from evener.execute.live.transport.base import Group
     from evener.kernels import PackedWeight
 
 CPU_LAYER, CUDA_LAYER = (576, 1536), (4096, 11008)
 """(hidden, ffn) of the layers that are measured; those of SmolLM2-135M and of Llama-2-7B."""
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
-MAX_POOL = 512 << 20
+MOST_SEQUENCES = 64
+MAX_POOL, MAX_KV = 512 << 20, 128 << 20
+"""Bytes of weights and of KV that are gone through."""
 
 
 class Unavailable(Exception):
@@ -59,6 +64,7 @@ class Probe:
             kernels.set_threads(len(setup.cores))
         self.pool_bytes = min(MAX_POOL, max(64 << 20, 3 * setup.cache_bytes))
         self._weights: tuple[str, list[list[PackedWeight]]] = ("", [])
+        self._caches: tuple[str, list[tuple[torch.Tensor, torch.Tensor]]] = ("", [])
         self._at = 0
         self._slowest: dict[str, float] = {}
         self.wall_s = self.lost_s = 0.0
@@ -74,9 +80,11 @@ class Probe:
                 case ReadBandwidth():
                     return self._bandwidth(budget_s)
                 case PrefillAttention():
-                    return self._attention(1, 512, 512, budget_s, per_second_of="flop")
+                    seconds, _ = self._attention(item.kv_dtype, 1, 512, 512, budget_s)
+                    return 512 * 513 // 2 * HEADS * 4 * HEAD_DIM / seconds
                 case DecodeAttention():
-                    return self._attention(64, 1, 1024, budget_s, per_second_of="bytes")
+                    seconds, nbytes = self._attention(item.kv_dtype, MOST_SEQUENCES, 1, 512, budget_s)
+                    return nbytes / seconds
                 case OpOverhead():
                     return self._op_overhead(budget_s)
                 case AllReduce():
@@ -167,35 +175,54 @@ class Probe:
     # ---- memory, attention, host -----------------------------------------------------------------------------
 
     def _bandwidth(self, budget_s: float) -> float:
-        self._weights = ("", [])
+        self._weights, self._caches = ("", []), ("", [])
         data = self.torch.ones(self.pool_bytes // 4, dtype=self.torch.float32, device=self.device)
         return data.nbytes / self._typical(lambda: data.sum(), budget_s)
 
-    def _attention(self, sequences: int, count: int, keys: int, budget_s: float, per_second_of: str) -> float:
-        """`sequences` chunks of `count` queries at the end of `keys` keys, over a paged KV cache."""
+    def _layers_kv(self, kv_dtype: str, blocks: int) -> list[tuple["torch.Tensor", "torch.Tensor"]]:
+        """K and V of as many layers as exceed the cache, laid out as the workers' are; kept for the next question."""
+        from evener.model.kv import KVSlabs
+
+        if self._caches[0] != kv_dtype:
+            self._weights, self._caches = ("", []), ("", [])
+            torch = self.torch
+            kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}[kv_dtype]
+            layer_bytes = 2 * KV_HEADS * blocks * BLOCK * kv_token_bytes(HEAD_DIM, kv_dtype)
+            layers = -(-min(self.pool_bytes, MAX_KV) // layer_bytes)
+            slabs = KVSlabs(layers, KV_HEADS, blocks, HEAD_DIM, self.device, kind)
+            # Untouched pages would all be one page of zeros. These bytes are 0.011 in fp32 and bf16: no subnormals.
+            slabs.k.view(torch.int8).fill_(0x3C)
+            slabs.v.view(torch.int8).fill_(0x3C)
+            self._caches = (kv_dtype, list(zip(slabs.k, slabs.v, strict=True)))
+        return self._caches[1]
+
+    def _attention(self, kv_dtype: str, sequences: int, count: int, keys: int, budget_s: float) -> tuple[float, int]:
+        """(seconds, bytes of K and V) of a layer's attention: `sequences` chunks of `count` queries, the last of `keys`
+        keys each, over a paged KV cache. Each call takes the next layer, as a model does."""
+        from evener.kernels import paged_attention
+
         torch = self.torch
-        try:
-            from evener.kernels import paged_attention
-        except ImportError as error:
-            raise Unavailable(f"attention: evener.kernels has no paged_attention ({error})") from error
-        self._weights = ("", [])
         per = -(-keys // BLOCK)
-        blocks = sequences * per
-        k = torch.full((KV_HEADS, blocks, HEAD_DIM, BLOCK), 0.01, device=self.device)
-        v = torch.full((KV_HEADS, blocks, BLOCK, HEAD_DIM), 0.01, device=self.device)
-        q = torch.full((sequences * count, HEADS, HEAD_DIM), 0.01, device=self.device)
+        layers = self._layers_kv(kv_dtype, MOST_SEQUENCES * per)
+        made = layers[0][0].dtype if self.cuda and kv_dtype != "int8" else torch.float32
+        q = torch.full((sequences * count, HEADS, HEAD_DIM), 0.01, device=self.device, dtype=made)
         out = torch.empty_like(q)
         ints = {"dtype": torch.int32, "device": self.device}
         cu = torch.arange(0, sequences + 1, **ints) * count
         start = torch.full((sequences,), keys - count, **ints)
-        tables = torch.arange(blocks, **ints).reshape(sequences, per)
+        tables = torch.arange(sequences * per, **ints).reshape(sequences, per)
         group = torch.arange(HEADS, **ints) // (HEADS // KV_HEADS)
-        call = partial(paged_attention, q, k, v, cu, start, tables, group.int(), HEAD_DIM**-0.5, out)
-        took = self._typical(call, budget_s)
-        if per_second_of == "bytes":
-            return float((k.nbytes + v.nbytes) / took)
-        pairs = count * (keys - count) + count * (count + 1) // 2
-        return sequences * pairs * HEADS * 4 * HEAD_DIM / took
+
+        def attend() -> None:
+            k, v = layers[self._at % len(layers)]
+            self._at += 1
+            paged_attention(q, k, v, cu, start, tables, group.int(), HEAD_DIM**-0.5, out)
+
+        try:
+            seconds = self._typical(attend, budget_s)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            raise Unavailable(f"attention over {kv_dtype}: {str(error).splitlines()[0]}") from error
+        return seconds, 2 * KV_HEADS * sequences * keys * kv_token_bytes(HEAD_DIM, kv_dtype)
 
     def _op_overhead(self, budget_s: float) -> float:
         torch = self.torch

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evener.cost.rates import DeviceProfile, Profile, Rates
+from evener.spec.model import kv_token_bytes
 from evener.units import human_bytes
 
 HEAD_DIM = 64
@@ -13,6 +14,7 @@ HEAD_DIM = 64
 def show(profile: Profile, console: Console) -> None:
     """Print the figures; notes say what is assumed or unsure."""
     console.print(_gemm(profile))
+    console.print(_attention(profile))
     console.print(_rest(profile))
     if profile.collectives:
         console.print(_collectives(profile))
@@ -50,22 +52,28 @@ def _gemm(profile: Profile) -> Table:
 
 
 def _rest(profile: Profile) -> Table:
-    right = ["read GB/s", "prefill Mpair/s", "decode Mkey/s", "op us"]
-    table = _table(f"Memory, attention per head of {HEAD_DIM} (fp32 KV), host", ["device", ""], right)
+    table = _table("Memory, host", ["device", ""], ["read GB/s", "op us"])
     for d in profile.devices:
         for m, (mode, rates) in enumerate(_modes(d)):
-            table.add_row(
-                d.name if m == 0 else "",
-                mode,
-                f"{rates.read_bandwidth / 1e9:.1f}",
-                f"{rates.attention_flops / (4 * HEAD_DIM) / 1e6:,.0f}",
-                f"{rates.attention_bandwidth / (2 * HEAD_DIM * 4) / 1e6:,.1f}",
-                f"{rates.op_ns / 1e3:.1f}",
-            )
+            cells = (f"{rates.read_bandwidth / 1e9:.1f}", f"{rates.op_ns / 1e3:.1f}")
+            table.add_row(d.name if m == 0 else "", mode, *cells)
         declared = [f"declared {d.slowdown:g} times as slow"] if d.slowdown != 1 else []
         declared += [f"one of {d.sharers} workers on {d.hardware}"] if d.sharers > 1 else []
         if declared:
             table.caption = "; ".join(filter(None, [str(table.caption or ""), f"{d.name}: {', '.join(declared)}"]))
+    return table
+
+
+def _attention(profile: Profile) -> Table:
+    right = ["prefill, M pairs/s", "decode, M keys/s"]
+    table = _table(f"Attention, one head of {HEAD_DIM}", ["device", "", "KV"], right)
+    for d in profile.devices:
+        for m, (mode, rates) in enumerate(_modes(d)):
+            for k, a in enumerate(rates.attention):
+                pairs, keys = a.flops / (4 * HEAD_DIM), a.bandwidth / (2 * kv_token_bytes(HEAD_DIM, a.kv_dtype))
+                cells = (f"{pairs / 1e6:,.0f}", f"{keys / 1e6:,.0f}")
+                table.add_row(d.name if m + k == 0 else "", mode if k == 0 else "", a.kv_dtype, *cells)
+        table.add_section()
     return table
 
 
