@@ -4,6 +4,7 @@ Devices that share a memory bus are slower together than alone, so plans for sev
 Workers that share a core (`cpu:0`, `cpu:0#1`) are one piece of hardware, measured once.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -43,7 +44,7 @@ from evener.spec.cluster import Cluster, Device
 ROWS, QUICK_ROWS = (1, 4, 16, 64, 256), (1, 16, 256)
 SIZES, QUICK_SIZES = tuple(2048 << k for k in range(10)), (2048, 32768, 1 << 20)
 """Bytes per rank of the collectives, 2 KiB to 1 MiB."""
-BUDGET_S, QUICK_BUDGET_S = 0.06, 0.03
+BUDGET_S, QUICK_BUDGET_S, PASSES = 0.03, 0.015, 3
 MOST_RANKS = 8
 
 Progress = Callable[[str, int, int], None]
@@ -170,16 +171,26 @@ class _Run:
             self.contended.setdefault(name, []).append(a.contended)
         return {name: a.value for name, a in answers.items()}
 
+    def _passes(self, probes: dict[str, ProbeProcess], items: Sequence[Item]) -> list[dict[str, float | None]]:
+        """Every item PASSES times, in turn; the median of its answers by device, None where one is missing.
+
+        On a shared machine a disturbance outlasts one measurement, so the same one again at once would not show it.
+        """
+        passes = [[self._ask(probes, item) for item in items] for _ in range(PASSES)]
+        return [{name: _median([a[name] for a in answers]) for name in probes} for answers in zip(*passes, strict=True)]
+
     def _rates(self, probes: dict[str, ProbeProcess], group: Sequence[Device]) -> dict[str, Rates]:
         dtypes = ("fp32", "bf16", "fp16", "int8") if any(d.kind == "cuda" for d in group) else ("fp32", "bf16", "int8")
-        gemm = {(t, r): self._ask(probes, Gemm(t, r)) for t in dtypes for r in self.rows}
-        memory, op = self._ask(probes, ReadBandwidth()), self._ask(probes, OpOverhead())
-        attention = {t: (self._ask(probes, PrefillAttention(t)), self._ask(probes, DecodeAttention(t))) for t in dtypes}
+        # Items of one dtype share tensors that take time to make, so passes go over them, not over everything.
+        gemm = {t: self._passes(probes, [Gemm(t, r) for r in self.rows]) for t in dtypes}
+        memory, op = self._passes(probes, [ReadBandwidth(), OpOverhead()])
+        attention = {t: self._passes(probes, [PrefillAttention(t), DecodeAttention(t)]) for t in dtypes}
         out = {}
         for d in (d for d in group if d.name in probes):
             tables = []
             for dtype in dtypes:
-                points = [(r, value) for r in self.rows if (value := gemm[dtype, r][d.name]) is not None]
+                of_rows = zip(self.rows, gemm[dtype], strict=True)
+                points = [(r, value) for r, answers in of_rows if (value := answers[d.name]) is not None]
                 if points:
                     tables.append(GemmRates(dtype, tuple(points)))
             bandwidth, op_ns = memory[d.name], op[d.name]
@@ -205,6 +216,11 @@ class _Run:
             took = self._ask(members, AllReduce(group, nbytes)).values()
             points.append((nbytes, max(t for t in took if t is not None)))
         return Collective("shm", ranks, tuple(points))
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return statistics.median(known) if len(known) == len(values) else None
 
 
 def _kind(d: Device) -> Literal["cpu", "cuda"]:
