@@ -40,6 +40,26 @@ def test_equals_reference(
     torch.testing.assert_close(case.run(), case.reference(), rtol=near, atol=near)
 
 
+@use_fixture
+@given(
+    chunks=st.lists(chunk, min_size=1, max_size=4), kv_of_head=heads, dim=st.sampled_from([64, 128, 192, 96]),
+    seed=st.integers(0, 99), size=st.sampled_from([0.01, 1.0, 30.0]),
+)  # fmt: skip
+def test_int8_by_tiles_gives_the_same_bits(
+    isa: str, chunks: list[tuple[int, int]], kv_of_head: list[int], dim: int, seed: int, size: float
+) -> None:
+    """Tile registers hold the same integers, and what follows is done in the same order."""
+    if isa != "avx512amx":
+        return
+    case = paged(chunks, kv_of_head, dim, 0, seed).narrowed(torch.int8)
+    case.q_TQD[:] *= size
+    by_tiles = case.run()
+    kernels.set_isa("avx512bf16")
+    without = case.run()
+    kernels.set_isa(isa)
+    assert torch.equal(by_tiles, without)
+
+
 @pytest.mark.parametrize("dim", [256, 512, 528])
 def test_wide_heads_over_int8(isa: str, dim: int) -> None:
     """Sums of integers that would not fit 32 bits are not taken."""
@@ -95,13 +115,13 @@ def one_chunk(case: Paged, r: int, first: int, count: int) -> Paged:
 @use_fixture
 @given(
     chunks=st.lists(chunk, min_size=2, max_size=4), kv_of_head=heads, cut=st.integers(1, 80), seed=st.integers(0, 99),
-    dtype=kv_dtypes,
+    dtype=kv_dtypes, dim=st.sampled_from([32, 64]),
 )  # fmt: skip
 def test_batch_and_chunk_invariance(
-    isa: str, chunks: list[tuple[int, int]], kv_of_head: list[int], cut: int, seed: int, dtype: torch.dtype
+    isa: str, chunks: list[tuple[int, int]], kv_of_head: list[int], cut: int, seed: int, dtype: torch.dtype, dim: int
 ) -> None:
     """A sequence alone, cut in two chunks, and its last row alone (as a decode) give the bits of the mixed batch."""
-    case = paged(chunks, kv_of_head, 32, 0, seed).narrowed(dtype)
+    case = paged(chunks, kv_of_head, dim, 0, seed).narrowed(dtype)
     whole = case.run()
     for r, (_, count) in enumerate(chunks):
         expected = whole[case.cu_R[r] : case.cu_R[r + 1]]

@@ -109,7 +109,7 @@ struct AttentionTile {
 };
 
 constexpr int64_t attention_scratch_floats(int64_t head_dim) {
-  return MAX_ROWS * (2 * head_dim + KEY_TILE + 4);
+  return MAX_ROWS * (2 * head_dim + KEY_TILE + 4) + KEY_TILE * head_dim / 4;
 }
 
 struct Best {
@@ -175,6 +175,7 @@ extern const Bf16Kernels kernels;
 }
 namespace avx512amx {  // otherwise as avx512bf16
 extern Int8Gemm* const gemm8;
+extern AttentionKernel* const attention8;  // over int8
 extern const Bf16Kernels gemm16;
 }
 #endif

@@ -69,6 +69,7 @@ const std::vector<Isa>& isas() {
     v.push_back({"avx512bf16", &bf16, v4_bf16});
     static Kernels amx = bf16;
     amx.int8.gemm = avx512amx::gemm8;
+    amx.int8.attention = avx512amx::attention8;
     amx.bf16 = avx512amx::gemm16;
     v.push_back({"avx512amx", &amx, v4_bf16 && tiles_permitted()});
 #endif
