@@ -29,21 +29,15 @@ from evener.engine.policy import group_count, make_policy
 from evener.engine.replica import ReplicaConfig, ReplicaEngine
 from evener.engine.request import Request
 from evener.engine.sequence import Sequence
-from evener.ledger.spans import HoldKind, Journal, Milestone
+from evener.engine.telling import Telling
+from evener.ledger.spans import Journal, Milestone
 from evener.router.candidates import CLOSELY, Candidates
+from evener.router.census import Census
 from evener.router.choose import Router, make_router
 from evener.router.lengths import LengthEstimator
 from evener.router.load import decode_left_at, load_of, rows_of
 from evener.spec.plan import Plan
 from evener.units import NS_PER_S, Nanoseconds
-
-HOLD_KIND = {
-    "static_batch_fills": HoldKind.POLICY,
-    "static_batch_runs": HoldKind.POLICY,
-    "kv_blocks": HoldKind.KV,
-    "preempting": HoldKind.KV,
-}
-"""What each reason to hold means to the ledger."""
 
 _TELL_EVERY = 16
 """Output tokens of a running request between two lessons for the length estimator."""
@@ -78,9 +72,6 @@ class Brain:
         """`kv_blocks`: per replica, the fewest blocks that any of its shards can hold. `journal` hears of it all."""
         self.plan = plan
         self.journal = journal
-        self._states: dict[int, tuple[HoldKind, bool, bool]] = {}
-        """Replica -> what the journal heard of it last."""
-        self._anybody_waits = False
         self.config = config
         self.costs = costs
         self.touch: Callable[[int, bool], None] | None = None
@@ -95,21 +86,11 @@ class Brain:
         """Replica -> why it is down."""
         self._closed: str | None = None
         self._live: dict[str, tuple[int, Sequence]] = {}
-        self._alive: list[ReplicaEngine] = []
-        self._alive_without = -1
-        """How many were down when `_alive` was made."""
-        self._most_room = self._least_room = 0
-        """KV blocks of a living replica."""
-        self._waiting = [0] * len(self.replicas)
-        """Requests that wait, by replica."""
-        self._all_waiting = 0
-        self._crowded: set[int] = set()
-        """Replicas at which somebody waits."""
-        self._idle = set(range(len(self.replicas)))
-        """Replicas without a request."""
+        self._tell = Telling(journal, self._live)
         self._lessons = [0] * len(self.replicas)
         """By replica: steps at which the length estimator may hear of its rows again."""
         self._candidates = Candidates(self.replicas, costs) if len(self.replicas) > CLOSELY else None
+        self._census = Census(self.replicas, self.down, self._candidates)
         self._order = 0
         self._timers: dict[int, int] = {}
         """Timer id -> replica."""
@@ -154,8 +135,7 @@ class Brain:
             self._worker_down(event, now, out)
         else:
             self._shutdown(event, now, out)
-        if self.journal is not None:
-            self._tell_waiting(self.journal, now)
+        self._tell.waiting(self._census.all_waiting > 0, now)
         return out
 
     # ---- events -----------------------------------------------------------------------------------------------
@@ -164,12 +144,12 @@ class Brain:
         if self._closed is not None:
             out.append(Refuse(request.request_id, "unavailable", self._closed))
             return
-        alive = self._living()
+        alive = self._census.alive()
         if not alive:
             out.append(Refuse(request.request_id, "worker_lost", self.no_replica_reason()))
             return
         need = -(-(request.prompt_len + request.max_tokens) // self.config.block_tokens)
-        room = self._most_room
+        room = self._census.most_room
         if need > room:
             tokens = room * self.config.block_tokens
             out.append(
@@ -181,7 +161,7 @@ class Brain:
                 )
             )
             return
-        waiting = self._all_waiting
+        waiting = self._census.all_waiting
         if waiting >= self.config.max_queue and not any(r.takes_at_once() for r in alive):
             retry = max(1.0, min(self._seconds_of_queue(r) for r in alive))
             out.append(
@@ -199,8 +179,8 @@ class Brain:
         self._live[request.request_id] = (replica.index, seq)
         self._change(replica.index)
         replica.add(seq)
-        self._note(replica)
-        self._milestone(request.request_id, replica.index, now, Milestone.ARRIVED, request.prompt_len)
+        self._census.note(replica)
+        self._tell.milestone(request.request_id, now, Milestone.ARRIVED, request.prompt_len)
         self._pump(replica.index, now, out)
 
     def _route(self, seq: Sequence, need: int, alive: list[ReplicaEngine]) -> ReplicaEngine:
@@ -211,7 +191,7 @@ class Brain:
             home = next(iter(seq.whole_keys(self.config.block_tokens, seq.target - 1)), None)
             closest = [r for r in self._candidates.best(home) if r.index not in self.down]
             among = [r for r in closest if r.config.kv_blocks >= need] or alive
-        if need > self._least_room and among is alive:
+        if need > self._census.least_room and among is alive:
             among = [r for r in alive if r.config.kv_blocks >= need]
         if len(among) == 1:
             return among[0]
@@ -232,32 +212,6 @@ class Brain:
 
     def _decode_left(self, index: int) -> float:
         return decode_left_at(self.replicas[index], self.lengths)
-
-    def _living(self) -> list[ReplicaEngine]:
-        if self._alive_without != len(self.down):
-            self._alive_without = len(self.down)
-            self._alive = [r for r in self.replicas if r.index not in self.down]
-            rooms = [r.config.kv_blocks for r in self._alive]
-            self._most_room, self._least_room = max(rooms, default=0), min(rooms, default=0)
-        return self._alive
-
-    def _note(self, replica: ReplicaEngine) -> None:
-        """Keep what is asked of all replicas at every event: who waits, who is idle, who has least to do."""
-        index, waiting = replica.index, replica.waiting.rows
-        before = self._waiting[index]
-        if waiting != before:
-            self._waiting[index] = waiting
-            self._all_waiting += waiting - before
-            if not waiting:
-                self._crowded.discard(index)
-            elif not before:
-                self._crowded.add(index)
-        if waiting or replica.running_rows():
-            self._idle.discard(index)
-        elif index not in self.down:
-            self._idle.add(index)
-        if self._candidates is not None and index not in self.down:
-            self._candidates.note(replica)
 
     def _learn_from_running(self, replica: ReplicaEngine) -> None:
         """Tell the length estimator how far running requests have come (censored), a few tokens at a time.
@@ -282,16 +236,12 @@ class Brain:
             return  # a result that was on its way when the replica was fenced; its sequences moved on
         replica = self.replicas[index]
         answers = replica.batch_done(result)
-        if self.journal is not None:
-            self.journal.done(index, result.batch_id, now, replica.late_rows)
+        self._tell.done(replica, result, now)
         for answer in answers:
             out.append(answer)
-            if self.journal is not None and answer.count:
-                seq = self._live[answer.request_id][1]
-                if seq.emitted == answer.count:
-                    self.journal.request(answer.request_id, index, now, Milestone.FIRST_TOKEN, seq.emitted)
+            self._tell.answered(answer, now)
             if answer.finish is not None:
-                self._ended(answer.request_id, now)
+                self._tell.milestone(answer.request_id, now, Milestone.ENDED)
                 self._forget(answer.request_id, censored=answer.finish != "stop")
 
     def _cancelled(self, event: Cancelled, now: Nanoseconds, out: list[Command]) -> None:
@@ -301,7 +251,7 @@ class Brain:
         index, seq = found
         self._change(index)
         self.replicas[index].end(seq)
-        self._ended(event.request_id, now)
+        self._tell.milestone(event.request_id, now, Milestone.ENDED)
         finish = "stop" if event.stopped else "cancelled"
         self._forget(event.request_id, censored=not event.stopped)
         out.append(Answer(event.request_id, [], 0, finish))
@@ -313,29 +263,27 @@ class Brain:
             return
         self.down[index] = f"worker {event.device} lost: {event.reason}"
         self._held.pop(index, None)
-        self._states.pop(index, None)  # the journal forgets it as well
         self._change(index)
-        if self.journal is not None:
-            self.journal.down(index, now, self.down[index])
+        self._tell.down(index, self.down[index], now)
         if self._candidates is not None:
             self._candidates.lost(index)
         left = self.replicas[index].abandon()
-        self._note(self.replicas[index])
+        self._census.note(self.replicas[index])
         for seq in left:
             request = seq.request
             need = -(-(request.prompt_len + request.max_tokens) // self.config.block_tokens)
-            if not self._living() or self._most_room < need:
-                self._ended(request.request_id, now)
+            if not self._census.alive() or self._census.most_room < need:
+                self._tell.milestone(request.request_id, now, Milestone.ENDED)
                 self._live.pop(request.request_id)
                 out.append(Refuse(request.request_id, "worker_lost", self.no_replica_reason(index)))
                 continue
             # What was emitted is forced on replay, never sampled again: the client sees no seam.
-            target = self._route(seq, need, self._living())
+            target = self._route(seq, need, self._census.alive())
             self._change(target.index)
             target.requeue(seq)
-            self._note(target)
+            self._census.note(target)
             self._live[request.request_id] = (target.index, seq)
-            self._milestone(request.request_id, target.index, now, Milestone.MOVED, seq.emitted)
+            self._tell.milestone(request.request_id, now, Milestone.MOVED)
         for replica in self.replicas:
             if replica.index not in self.down:
                 self._pump(replica.index, now, out)
@@ -345,8 +293,8 @@ class Brain:
         for request_id, (index, seq) in list(self._live.items()):
             self._change(index)
             self.replicas[index].end(seq)
-            self._note(self.replicas[index])
-            self._ended(request_id, now)
+            self._census.note(self.replicas[index])
+            self._tell.milestone(request_id, now, Milestone.ENDED)
             out.append(Refuse(request_id, "unavailable", event.reason))
         self._live.clear()
 
@@ -365,8 +313,7 @@ class Brain:
         while (issued := replica.next_batch(now)) is not None:
             out.append(issued)
             if isinstance(issued, IssueBatch):
-                if self.journal is not None:
-                    self._tell_issued(self.journal, issued, now)
+                self._tell.issued(replica, issued, now)
                 continue
             self._held[index] = issued
             if issued.until is not None:
@@ -374,19 +321,16 @@ class Brain:
                 self._timers[self._next_timer] = index
                 out.append(SetTimer(self._next_timer, issued.until))
             break
-        self._note(replica)
-        if self.journal is not None:
-            self._tell_state(self.journal, replica, now)
-        else:
-            replica.newly_preempted.clear()  # nobody asks
+        self._census.note(replica)
+        self._tell.state(replica, self._held.get(index), now)
 
     def _balance(self, now: Nanoseconds) -> list[int]:
         """Move requests that wait at one replica to others that would start them at once."""
         moved: list[int] = []
-        if self.router.moves_waiting and self._crowded and self._idle:
-            for index in sorted(self._idle):
+        if self.router.moves_waiting and self._census.crowded and self._census.idle:
+            for index in sorted(self._census.idle):
                 idle = self.replicas[index]
-                crowded = [self.replicas[k] for k in self._crowded]
+                crowded = [self.replicas[k] for k in self._census.crowded]
                 if index in self.down or not crowded:
                     continue
                 source = max(crowded, key=lambda r: (r.waiting_rows(), -r.index))
@@ -394,49 +338,12 @@ class Brain:
                 seq = source.take_waiting(idle.config.kv_blocks * idle.config.block_tokens)
                 if seq is not None:
                     idle.add(seq)
-                    self._note(source)
-                    self._note(idle)
+                    self._census.note(source)
+                    self._census.note(idle)
                     self._live[seq.request.request_id] = (idle.index, seq)
-                    self._milestone(seq.request.request_id, idle.index, now, Milestone.MOVED, seq.emitted)
+                    self._tell.milestone(seq.request.request_id, now, Milestone.MOVED)
                     moved.append(idle.index)
         return moved
-
-    # ---- what the journal hears -------------------------------------------------------------------------------
-
-    def _milestone(self, request_id: str, replica: int, now: Nanoseconds, what: Milestone, tokens: int) -> None:
-        if self.journal is not None:
-            self.journal.request(request_id, replica, now, what, tokens)
-
-    def _ended(self, request_id: str, now: Nanoseconds) -> None:
-        if self.journal is not None:
-            index, seq = self._live[request_id]
-            self.journal.request(request_id, index, now, Milestone.ENDED, seq.emitted)
-
-    def _tell_issued(self, journal: Journal, issued: IssueBatch, now: Nanoseconds) -> None:
-        replica = self.replicas[issued.replica]
-        for request_id in replica.newly_preempted:
-            if request_id in self._live:
-                emitted = self._live[request_id][1].emitted
-                journal.request(request_id, issued.replica, now, Milestone.PREEMPTED, emitted)
-        replica.newly_preempted.clear()
-        journal.issued(issued.replica, issued.batch.batch_id, now, replica.in_flight[-1].made_of)
-        for new in issued.batch.new:
-            journal.request(new.request_id, issued.replica, now, Milestone.ADMITTED, new.n_tokens - new.prompt_len)
-
-    def _tell_state(self, journal: Journal, replica: ReplicaEngine, now: Nanoseconds) -> None:
-        index = replica.index
-        held = self._held.get(index)
-        kind = HOLD_KIND[held.reason] if held is not None else HoldKind.NONE
-        state = (kind, replica.has_work(), replica.short_of_kv)
-        if self._states.get(index) != state:
-            self._states[index] = state
-            journal.state(index, now, *state)
-
-    def _tell_waiting(self, journal: Journal, now: Nanoseconds) -> None:
-        anybody = self._all_waiting > 0
-        if anybody != self._anybody_waits:
-            self._anybody_waits = anybody
-            journal.waiting(now, anybody)
 
     def _change(self, index: int) -> None:
         if self.touch is not None:

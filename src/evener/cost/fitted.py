@@ -20,8 +20,10 @@ from msgspec import Struct, structs
 from numpy.typing import NDArray
 
 from evener.cost.base import BatchShape
+from evener.cost.device import DeviceCosts
 from evener.cost.rates import Collective, Floats, Profile
-from evener.cost.roofline import DeviceCosts, OwnTimes, RooflineCostModel
+from evener.cost.roofline import RooflineCostModel
+from evener.cost.stage import OwnTimes
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Rows at which the factor of `rows` is free."""

@@ -17,9 +17,10 @@ from msgspec import Struct, structs
 from numpy.typing import NDArray
 
 from evener.cost.base import BatchShape, DecodeRun, ShardTime, stepwise_run
+from evener.cost.device import DeviceCosts
 from evener.cost.published import published_collectives, published_rates
 from evener.cost.rates import Collective, DeviceProfile, Floats, Profile, bind, hardware
-from evener.cost.roofline import DeviceCosts, RooflineCostModel
+from evener.cost.roofline import RooflineCostModel
 from evener.errors import InvalidInput
 from evener.spec.cluster import Cluster
 from evener.spec.model import ModelSpec
