@@ -29,7 +29,7 @@ from evener.profile.hardware import check_present, local_devices
 from evener.profile.store import load_profile
 from evener.router.choose import make_router
 from evener.spec.cluster import Cluster, Device, Link, parse_device, parse_size
-from evener.spec.memory import MemoryConfig, block_bytes, kv_blocks
+from evener.spec.memory import MemoryConfig, block_bytes, kv_blocks, shares_memory
 from evener.spec.model import ModelSpec, quant_group
 from evener.spec.plan import Plan, validate
 from evener.spec.traffic import TrafficMix, parse_traffic_mix
@@ -271,7 +271,10 @@ def _plan(
     memory, why = _memory_config(options, 512), ""
     if options.plan == AUTO:
         room = _kv_room(options, len(cluster.devices))
-        plan, why = choose_layout(model, cluster, profile, mix, memory, room, options.max_num_seqs, options.policy)
+        plan, why = choose_layout(
+            model, cluster, profile, mix, memory, room, options.max_num_seqs, options.policy,
+            host_bytes=Bytes(psutil.virtual_memory().available) if any(map(shares_memory, cluster.devices)) else None,
+        )  # fmt: skip
     elif options.plan is not None:
         plan = load_plan(options.plan, model)
     elif options.split == "equal":

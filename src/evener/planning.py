@@ -16,7 +16,7 @@ from evener.plan.problem import Bounds, Item, Problem, demand_of
 from evener.plan.trial import Progress
 from evener.profile import load_cluster, local_devices, profile_of
 from evener.spec.cluster import Cluster, Device, parse_device, parse_size
-from evener.spec.memory import MemoryConfig
+from evener.spec.memory import MemoryConfig, shares_memory
 from evener.spec.model import DTYPE_BYTES, ModelSpec, quant_group
 from evener.units import Bytes, Seconds
 from evener.workload.slo import parse_slo
@@ -57,8 +57,18 @@ def make_plan(
     for name in options:
         if name not in known:
             raise InvalidInput(f"option {name!r} is unknown; options are {', '.join(known)}")
-    problem = make_problem(PlanOptions(**options))
+    problem = check_objective(make_problem(PlanOptions(**options)))
     return problem, choose_plan(problem, requests=requests, progress=progress)
+
+
+def check_objective(problem: Problem) -> Problem:
+    """Refuse (InvalidInput) what no plan can be chosen by: times of requests that all come at once."""
+    if problem.demand.rate is None and (problem.bounds.ttft is not None or problem.bounds.e2e is not None):
+        raise InvalidInput(
+            "--slo bounds ttft or e2e, and the traffic has no rate: all requests come at once, and how long they wait "
+            "says only how many there are; give rate= (or a trace with arrivals), or bound tpot alone"
+        )
+    return problem
 
 
 def make_problem(options: PlanOptions) -> Problem:
@@ -91,6 +101,7 @@ def make_problem(options: PlanOptions) -> Problem:
         items=items,
         memory=_memory(model, cluster, dtype, kv_dtype, rows),
         kv_bytes=_kv_bytes(options, cluster),
+        host_bytes=host_bytes(cluster),
         max_num_seqs=rows,
         bounds=parse_bounds(options.slo),
         policy=options.policy,
@@ -143,6 +154,11 @@ def _memory(model: ModelSpec, cluster: Cluster, dtype: str, kv_dtype: str, rows:
     while declared and tokens > 256 and (tokens + rows) * row > min(declared) / 10:
         tokens //= 2
     return MemoryConfig(dtype=dtype, kv_dtype=kv_dtype, max_batch_tokens=tokens + rows)
+
+
+def host_bytes(cluster: Cluster) -> Bytes | None:
+    """What is free on this host, where devices of it declare no memory."""
+    return Bytes(psutil.virtual_memory().available) if any(map(shares_memory, cluster.devices)) else None
 
 
 def _kv_bytes(options: PlanOptions, cluster: Cluster) -> Bytes | None:

@@ -25,6 +25,7 @@ from evener.execute.sim.body import Simulator
 from evener.execute.sim.figures import Figures, SimReport
 from evener.execute.sim.traffic import Failure, SimRequest, SlowDown
 from evener.ledger.account import Account
+from evener.ledger.finding import Hints, hints_of
 from evener.ledger.ledger import Ledger
 from evener.ledger.verdict import verdict
 from evener.plan.default import default_plan, equal_plan
@@ -88,6 +89,8 @@ class Simulated(Struct, frozen=True, kw_only=True):
     report: SimReport
     account: Account | None
     """None without a ledger."""
+    hints: Hints
+    """What the verdict may name."""
     verdict: list[str]
     kv_blocks: list[int]
     """Per replica."""
@@ -139,11 +142,13 @@ def simulate(options: SimulateOptions, on_end: Callable[[int], None] = lambda en
     )
     simulator.run()
     account = ledger.account() if ledger is not None else None
+    hints = hints_of(problem.model, problem.memory.kv_dtype, config.max_num_seqs)
     return Simulated(
         plan=plan,
         report=figures.report(),
         account=account,
-        verdict=verdict(account).text() if account is not None else [],
+        hints=hints,
+        verdict=verdict(account, hints).text() if account is not None else [],
         kv_blocks=blocks,
         max_num_batched_tokens=chunk,
         events=simulator.events,
@@ -213,8 +218,10 @@ def _planned(texts: Iterable[str], option: str, plan: Plan) -> Iterator[tuple[st
             moment, factor = Seconds(float(when)), float(much) if slow else 1.0
         except ValueError:
             moment, factor = Seconds(-1.0), 0.0
-        if not at or bool(equals) != slow or not 0 <= moment < 1e9 or not 0.001 <= factor <= 1000:
-            form = "DEVICE@SECONDS=FACTOR, like cpu:0@30=2" if slow else "DEVICE@SECONDS, like cpu:0@30"
+        if not at or bool(equals) != slow or not 0 <= moment < 1e9 or not 1.0 <= factor <= 1000:
+            form = "DEVICE@SECONDS, like cpu:0@30"
+            if slow:
+                form = "DEVICE@SECONDS=FACTOR, like cpu:0@30=2, with a factor from 1 (as fast as usual) to 1000"
             raise InvalidInput(f"{option} {text!r}: write {form}")
         if name not in plan.devices():
             shown = ", ".join(plan.devices()[:8]) + (", ..." if len(plan.devices()) > 8 else "")

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from evener.cost.base import BatchShape, CostModel
+from evener.cost.device import ATTENTION_OPS, CHUNK_OPS, EMBED_OPS, FFN_OPS, HEAD_OPS
 from evener.cost.rates import Collective, DeviceProfile, GemmRates, Profile, Rates, any_kv, bind, default_profile
-from evener.cost.roofline import ATTENTION_OPS, CHUNK_OPS, EMBED_OPS, FFN_OPS, HEAD_OPS, MAX_ROWS, RooflineCostModel
+from evener.cost.roofline import RooflineCostModel
+from evener.cost.stage import MAX_ROWS
 from evener.errors import InvalidDevice, InvalidInput
 from evener.spec.cluster import Link, parse_device
 from evener.spec.model import ModelSpec

@@ -138,6 +138,24 @@ def test_windows_that_cannot_be() -> None:
         two_ranks().ledger.account(Nanoseconds(50), Nanoseconds(20))
 
 
+def test_forgotten_windows() -> None:
+    """What begins before the oldest checkpoint begins there; what ends before it is refused by name."""
+    teller = Teller(plan_of((30, 1)))
+    ledger = Ledger(teller.plan, Costs(), start=Nanoseconds(0), resolution=Nanoseconds(10 * MS), keep=20)
+    ledger.up(0, Nanoseconds(0))
+    teller.ledger = ledger
+    teller.state(0)
+    for k in range(100):
+        teller.batch(10 * k, {(0, 0): (10 * k, 10 * k + 10, {})})
+    account = ledger.account(Nanoseconds(0), Nanoseconds(990 * MS))
+    assert (
+        account.since_s > 0.5 and account.until_s == 0.99 and account.window_s == pytest.approx(0.99 - account.since_s)
+    )
+    for since in (None, Nanoseconds(0), Nanoseconds(60 * MS)):
+        with pytest.raises(InvalidInput, match=r"ends 0\.1 s after the start.*is forgotten; ask for a later one"):
+            ledger.account(since, Nanoseconds(90 * MS))
+
+
 def test_a_device_used_twice_is_refused() -> None:
     shard = Shard("cpu:0", (0, 1), (0, 1))
     plan = Plan((Replica((Stage((0, 1), (shard,)), Stage((1, 2), (shard,)))),))

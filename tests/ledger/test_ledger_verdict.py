@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from tests.ledger.accounts import DECODE, MS, Teller, plan_of, reduce
 from tests.ledger.histories import Costs
 
@@ -10,6 +11,7 @@ from evener.cost.base import BatchShape
 from evener.ledger.ledger import Ledger
 from evener.ledger.spans import HoldKind, MakeUp, Milestone
 from evener.ledger.verdict import Finding, Hints, verdict
+from evener.spec.plan import Plan, Replica
 from evener.units import Nanoseconds
 
 
@@ -46,6 +48,21 @@ def test_a_slow_rank_gets_fewer_heads() -> None:
     )
     # A second of it is worth 0.31 of both.
     assert found.remedy == "d0.0.1 arrives late: give it 3 of 9 heads and 448 of 1536 FFN columns, the other more"
+
+
+def test_the_late_rank_of_an_unequal_split_hears_of_its_own_share() -> None:
+    """The one with more heads is late, though the other computes less of its part in a second."""
+    teller = Teller(plan_of((30, 2)))
+    first, second = teller.plan.replicas[0].stages[0].shards
+    uneven = (
+        structs.replace(first, heads=(0, 6), ffn=(0, 1024)),
+        structs.replace(second, heads=(6, 9), ffn=(1024, 1536)),
+    )
+    stage = structs.replace(teller.plan.replicas[0].stages[0], shards=uneven)
+    teller = Teller(Plan((Replica((stage,)),)))
+    steady(teller, {(0, 0): {}, (0, 1): {"straggler": 8}})  # 20 ms of two thirds, 12 ms of a third
+    remedy = findings(teller)["straggler"].remedy
+    assert remedy == "d0.0.0 arrives late: give it 5 of 9 heads and 832 of 1536 FFN columns, the other more"
 
 
 def test_a_rank_that_gets_no_core_is_not_given_fewer_heads() -> None:
@@ -138,6 +155,18 @@ def test_recomputed_tokens_are_a_matter_of_kv_where_blocks_are_short() -> None:
     teller.ledger.settle(Nanoseconds(2000 * MS))
     found = findings(teller)["recompute"]
     assert "0.5 s go into tokens computed a second time" in found.evidence and "--kv-cache-memory" in found.remedy
+
+
+def test_recomputed_tokens_are_told_once() -> None:
+    """Blocks short for 3% of the time, and 8% of it recomputing: one finding, not two with opposite remedies."""
+    teller = Teller(plan_of((30, 1)))
+    teller.state(0)
+    again = MakeUp(BatchShape(prefill_tokens=64, prefill_pairs=2080, chunks=1), recompute_tokens=64)
+    for k in range(50):
+        teller.state(20 * k, short=k < 2)
+        teller.batch(20 * k, {(0, 0): (20 * k, 20 * k + 20, {})}, made_of=again if k < 4 else DECODE)
+    causes = [f.cause for f in verdict(teller.ledger.account()).findings]
+    assert causes.count("recompute") + causes.count("kv_starved") == 1
 
 
 def test_kv_for_no_more_requests_than_slots() -> None:
@@ -246,6 +275,30 @@ def test_a_lost_replica() -> None:
     teller.ledger.settle(Nanoseconds(2000 * MS))
     found = findings(teller)["down"]
     assert found.share == pytest.approx(0.5) and "down for 1.0 s: worker d0.0.0 lost: killed" in found.evidence
+
+
+def test_a_later_loss_is_no_reason_for_earlier_loading() -> None:
+    """Three seconds of loading in a window of 40; the worker is lost long after it."""
+    ledger = Ledger(plan_of((30, 1)), Costs(), start=Nanoseconds(0))
+    ledger.up(0, Nanoseconds(3_000 * MS))
+    ledger.down(0, Nanoseconds(100_000 * MS), "worker d0.0.0 lost: killed")
+    ledger.settle(Nanoseconds(101_000 * MS))
+    then = verdict(ledger.account(Nanoseconds(0), Nanoseconds(40_000 * MS)))
+    assert "down" not in {f.cause for f in then.findings}
+    now = verdict(ledger.account(Nanoseconds(90_000 * MS)))
+    assert [f.evidence for f in now.findings] == ["down for 1.0 s: worker d0.0.0 lost: killed"]
+    # Loading is not told either where the window begins a little later than it.
+    assert not verdict(ledger.account(Nanoseconds(1_000 * MS), Nanoseconds(31_000 * MS))).findings
+
+
+def test_a_window_inside_the_batch_in_hand_says_so() -> None:
+    teller = Teller(plan_of((30, 1), replicas=2))
+    teller.state(0)
+    teller.batch(0, {(0, 0): (0, 10, {})})
+    teller.ledger.issued(0, 1, Nanoseconds(10 * MS), DECODE)
+    teller.ledger.settle(Nanoseconds(1_000 * MS))
+    said = verdict(teller.ledger.account(Nanoseconds(500 * MS))).bound
+    assert said == "Nothing of this window is accounted for yet on d0.0.0: a batch still runs there."
 
 
 def test_workers_that_share_a_core() -> None:

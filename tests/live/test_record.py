@@ -11,7 +11,7 @@ from evener.engine.events import Cancelled
 from evener.errors import InvalidInput, Unavailable
 from evener.execute.live.chronicle import Chronicle
 from evener.execute.live.fleet import LiveConfig
-from evener.execute.live.record import Entry, Recorder, ReplicaUp, Timing, read_record
+from evener.execute.live.record import FORMAT, Entry, Recorder, ReplicaUp, Timing, read_record
 from evener.execute.live.wire import Spans
 from evener.execute.served import Header
 from evener.ledger.spans import Span
@@ -91,7 +91,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run"
     c = chronicle(path, ledger=False)
     c.close()
-    path.write_bytes(path.read_bytes().replace(b"\xa6header\x02", b"\xa6header\x09"))
+    path.write_bytes(path.read_bytes().replace(b"\xa6header" + bytes([FORMAT]), b"\xa6header\x09"))
     with pytest.raises(InvalidInput, match="format 9"):
         list(read_record(path))
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from evener.cost.base import BatchShape, DecodeRun, ShardTime, stepwise_run
+from evener.cost.device import DeviceCosts
 from evener.cost.rates import default_profile
-from evener.cost.roofline import DeviceCosts
 from evener.errors import InvalidPlan
 from evener.plan.capacity import plan_times, replica_capacity
 from evener.plan.default import split_stage

@@ -18,12 +18,14 @@ from evener.plan.choose import best_tried, pareto
 from evener.plan.emit import emit
 from evener.plan.explain import binding, headline
 from evener.plan.load import load_plan, save_plan
-from evener.plan.more import one_more
+from evener.plan.more import one_more, with_more
 from evener.plan.planner import as_json, choose_plan
 from evener.plan.problem import Bounds, Item, Problem, demand_of
 from evener.plan.search import Scored, score, search
 from evener.plan.size import copies, size_for
 from evener.plan.trial import sample, try_plan
+from evener.spec.cluster import Cluster, Link
+from evener.spec.links import Links
 from evener.spec.plan import Plan, size, validate
 from evener.spec.traffic import TrafficMix
 from evener.units import Bytes, Seconds
@@ -64,6 +66,29 @@ def test_under_a_rate_the_quickest_that_keeps_up_is_chosen() -> None:
     assert all(calm.best.e2e.mean <= t.e2e.mean for t in calm.others)
     busy = choose_plan(under(problem, capacity * 0.9), baselines=False)
     assert busy.best.load.requests_s >= capacity * 0.9
+
+
+def test_a_queue_that_a_short_sample_does_not_show_counts() -> None:
+    """Eight requests end before a queue has grown: plans that the cost model says cannot serve the rate are not
+    chosen while another can."""
+    problem = make_problem(Situation((1.0, 1.0), (None, None), 64, 32, 8))
+    scored = search(problem)
+    able = scored[0].load.requests_s
+    quick = min(scored, key=lambda s: (s.load.requests_s > able * 0.97, s.load.requests_s))
+    rate = (quick.load.requests_s + able) / 2
+    busy = under(problem, rate)
+    tried = [try_plan(busy, s, sample(busy, 1, 8)) for s in scored]
+    fast = [structs.replace(t, e2e=structs.replace(t.e2e, mean=1e-9)) if t.load.requests_s < rate else t for t in tried]
+    assert any(t.load.requests_s < rate for t in fast), "the test's own premise"
+    assert best_tried(busy, fast).load.requests_s >= rate
+
+
+def test_a_sample_that_does_not_fill_a_plan_does_not_rank_it() -> None:
+    problem = make_problem(UNLIKE)
+    tried = [try_plan(problem, s, problem.items[:3]) for s in search(problem)]
+    assert not any(t.filled for t in tried)
+    wrong = [structs.replace(t, full_tokens_s=1 / t.load.tokens_s) for t in tried]
+    assert best_tried(problem, wrong).load.tokens_s == max(t.load.tokens_s for t in tried)
 
 
 def test_goodput_counts_what_meets_the_bounds() -> None:
@@ -179,6 +204,28 @@ def test_the_size_is_the_least_that_carries_the_rate() -> None:
         list(size_for(problem))
 
 
+def test_links_as_stated_where_hosts_are_added() -> None:
+    """Hosts that `--size` and one device more add are joined as those of the cluster are, not by an assumed network."""
+    problem = make_problem(Situation((1.0,) * 2, (None,) * 2, 64, 32, 8))
+    far = [
+        structs.replace(d, name=f"h{k}/cuda:0", host=f"h{k}", kind="cuda")
+        for k, d in enumerate(problem.cluster.devices)
+    ]
+    profiles = [
+        structs.replace(p, name=d.name, hardware=d.name) for p, d in zip(problem.profile.devices, far, strict=True)
+    ]
+    fast = Link("h0", "h1", Seconds(3e-6), 50e9)
+    problem = replace(
+        problem, cluster=Cluster(tuple(far), (fast,)), profile=structs.replace(problem.profile, devices=tuple(profiles))
+    )
+    sized = copies(problem, far[0], 3)
+    assert {(x.a, x.b, x.bandwidth) for x in sized.cluster.links} == {("*", "*", 50e9)}
+    larger = with_more(problem, {"h0/cuda:0": 1})
+    (new,) = larger.cluster.devices[2:]
+    (link,) = Links(larger.cluster.links).between([new.name], ["h1/cuda:0"])
+    assert link.bandwidth == 50e9
+
+
 def test_commands_for_other_engines() -> None:
     problem = make_problem(Situation((1.0,) * 4, (None,) * 4, 64, 32, 8))
     refused = emit("vllm", problem, tried_of(problem, search(problem)[0].plan), "M")
@@ -200,6 +247,20 @@ def test_commands_for_other_engines() -> None:
     assert sglang.command is not None and "--tp-size 2" in sglang.command
     (three,) = emit("vllm", gpus, tried_of(problem, equal_plan(TINY, devices, 3, 1, 1)), "M")
     assert three.command is None and "8 query heads do not divide by 3" in three.notes
+    equal = tried_of(problem, equal_plan(TINY, devices, 2, 2, 1))
+    (even,) = emit("vllm", gpus, equal, "M")
+    assert even.command is not None and "VLLM_PP_LAYER_PARTITION=3,3" in even.command, "where a remainder goes differs"
+    for model, says in (
+        (structs.replace(TINY, heads=12, kv_heads=3), "3 KV heads and 2 ranks do not divide"),
+        (structs.replace(TINY, ffn=255), "255 FFN columns do not divide by 2"),
+    ):
+        (odd,) = emit("vllm", replace(gpus, model=model), equal, "M")
+        assert odd.command is None and any(says in note for note in odd.notes)
+    fp8 = replace(gpus, memory=structs.replace(gpus.memory, kv_dtype="fp8"))
+    (small,) = emit("vllm", fp8, equal, "M")
+    assert small.command is not None and "--kv-cache-dtype fp8" in small.command
+    (other,) = emit("sglang", replace(gpus, memory=structs.replace(gpus.memory, kv_dtype="int8")), equal, "M")
+    assert any("sglang keeps KV in fp32, not int8" in note for note in other.notes)
 
 
 def tried_of(problem: Problem, plan: Plan):  # type: ignore[no-untyped-def]

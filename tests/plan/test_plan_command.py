@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from evener.cli.main import app
 from evener.errors import EvenerError, InvalidDevice, InvalidInput, InvalidPlan, InvalidTrace
 from evener.plan.search import search
+from evener.plan.stages import Stages
 from evener.planning import PlanOptions, make_plan, make_problem
 from evener.spec.cluster import parse_device
 from evener.spec.model import QUANT_GROUP
@@ -62,8 +63,9 @@ def test_the_command_that_serves_the_plan_says_what_the_plan_does_not(folder: Pa
     said = run(folder, "--devices", devices, *traffic, "--dtype", "int8", "--kv-dtype", "bf16", "-o", str(out))
     command = next(line for line in said.splitlines() if line.startswith("wrote ")).partition(": ")[2]
     given = shlex.split(command)
-    assert given[:4] == ["evener", "serve", "--plan", str(out)]
-    options = dict(zip(given[4::2], given[5::2], strict=True))
+    # The model as well: without it another one would be served, and the plan refused.
+    assert given[:5] == ["evener", "serve", str(folder), "--plan", str(out)]
+    options = dict(zip(given[5::2], given[6::2], strict=True))
     wanted = [parse_device(d) for d in devices.split()]
     assert [parse_device(d) for d in options["--devices"].split()] == wanted
     assert (options["--dtype"], options["--kv-dtype"], options["--max-num-seqs"]) == ("int8", "bf16", "4")
@@ -124,6 +126,15 @@ def test_what_fits_no_device_is_planned_over_several(folder: Path) -> None:
     assert all(len(r.devices()) > 1 for r in choice.best.plan.replicas)
 
 
+def test_devices_that_alone_hold_no_layer_serve_together(folder: Path) -> None:
+    eight = tuple(f"cpu:{k},memory=4MiB" for k in range(8))
+    problem, choice = make_plan(model=str(folder / "config.json"), devices=eight, traffic="in=32,out=8",
+                                max_num_seqs=4, requests=8)  # fmt: skip
+    stages = Stages(problem, problem.cluster.devices, nearly=True)
+    assert stages.option(("cpu:0",), first=False, last=False) is None, "the test's own premise"
+    assert any(len(stage.shards) > 1 for stage in choice.best.plan.replicas[0].stages)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -135,11 +146,28 @@ def test_what_fits_no_device_is_planned_over_several(folder: Path) -> None:
         ({"devices": ("cpu:0",), "traffic": "speed=3"}, InvalidTrace, "is not one of rate, in, out"),
         ({"devices": ("cpu:0",), "slo": "ttft=2"}, InvalidInput, "with a unit"),
         ({"devices": ("cpu:0,memory=1MiB",), "traffic": "in=32,out=8"}, InvalidPlan, "bytes short"),
+        ({"devices": ("cpu:0",), "slo": "ttft=2s"}, InvalidInput, "the traffic has no rate.*give rate="),
+        ({"devices": ("cpu:0",), "slo": "e2e=9s,tpot=1s"}, InvalidInput, "or bound tpot alone"),
     ],
 )
 def test_refusals(folder: Path, options: dict[str, object], error: type[EvenerError], message: str) -> None:
     with pytest.raises(error, match=message):
         make_plan(model=str(folder / "config.json"), **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--size", "--output", "plan.yaml"), "--size answers with numbers of devices"),
+        (("--size", "--plot", "front.png"), "--size answers with numbers of devices"),
+        (("--emit", "vllm", "--assess", "tp=1"), "--emit prints commands for the chosen plan"),
+        (("--emit", "ray"), "is not one of vllm, sglang"),
+        (("--output", "/nowhere/plan.yaml"), "there is no directory /nowhere"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(folder: Path, args: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        run(folder, "--devices", "cpu:0", "--traffic", "rate=1,in=32,out=8", *args)
 
 
 def test_unknown_options_are_refused() -> None:

@@ -9,16 +9,18 @@ from hypothesis import strategies as st
 from msgspec import structs
 from tests.plan.problems import TINY, Situation, best_of_all, make_problem, random_situation, with_slowdown
 
+from evener.cost.rates import DeviceProfile
 from evener.errors import InvalidPlan
 from evener.plan.default import equal_plan
 from evener.plan.few import ordered_groups
-from evener.plan.more import only, with_more
+from evener.plan.more import like_devices, only, with_more
 from evener.plan.pipeline import build_replica, deal_layers
 from evener.plan.problem import Problem
-from evener.plan.search import Scored, describe_shape, score, search
+from evener.plan.search import Scored, describe_shape, host_excess, score, search
 from evener.plan.stages import Stages
 from evener.spec.memory import kv_blocks
 from evener.spec.plan import size, validate
+from evener.units import Bytes
 
 seeds = st.integers(0, 100_000)
 few = settings(max_examples=15, deadline=None)
@@ -175,6 +177,40 @@ def test_many_devices_use_every_kind() -> None:
     assert len(found.plan.devices()) >= 10
     again = search(problem)[0]
     assert again == found
+
+
+def test_measured_devices_that_differ_by_noise_are_of_one_kind() -> None:
+    """Sixteen cores of one host, each measured a little differently: they form tensor-parallel groups, in seconds."""
+    problem = make_problem(Situation((1.0,) * 16, (1_200_000,) * 16, 64, 32, 16), simple=False)
+    rng = random.Random(3)
+
+    def noisy(d: DeviceProfile) -> DeviceProfile:
+        factor = rng.uniform(0.97, 1.03)
+        gemm = tuple(structs.replace(t, points=tuple((n, r * factor) for n, r in t.points)) for t in d.alone.gemm)
+        rates = structs.replace(d.alone, gemm=gemm)
+        return structs.replace(d, alone=rates, together=rates)
+
+    devices = tuple(noisy(d) for d in problem.profile.devices)
+    problem = replace(problem, profile=structs.replace(problem.profile, devices=devices))
+    assert len(like_devices(problem)) == 1
+    stages = Stages(problem, problem.cluster.devices, nearly=True)
+    assert set(stages.kind.values()) == {0} and len(set(Stages(problem, problem.cluster.devices).kind.values())) == 16
+    found = search(problem)[0]
+    assert len(found.plan.devices()) == 16
+    assert any(len(s.shards) > 1 for scored in search(problem) for r in scored.plan.replicas for s in r.stages)
+
+
+def test_weights_count_where_no_memory_is_declared() -> None:
+    """Two replicas of what takes more than half of the host are refused, tensor parallelism is not; what does not fit
+    the host at all is refused with the shortage."""
+    problem = make_problem(Situation((1.0, 1.0), (None, None), 64, 32, 4))
+    one = host_excess(replace(problem, host_bytes=Bytes(0)), search(only(problem, ["cpu:0"]))[0].plan.replicas)
+    tight = replace(problem, host_bytes=Bytes(one * 3 // 2))
+    assert all(len(s.plan.replicas) == 1 for s in search(tight))
+    with pytest.raises(InvalidPlan, match=r"workers of this host need \d+ bytes more"):
+        score(tight, equal_plan(problem.model, problem.cluster.devices, 1, 1, 2))
+    with pytest.raises(InvalidPlan, match=r"this host has .* free for the other 2: \d+ bytes short"):
+        search(replace(problem, host_bytes=Bytes(one // 2)))
 
 
 def test_more_devices_like_one_keep_its_figures() -> None:

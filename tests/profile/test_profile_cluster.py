@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from msgspec import structs
 
@@ -148,6 +149,22 @@ def test_profiles_say_where_their_figures_come_from() -> None:
     assert any("published peaks" in text for text in mixed.missing)
     measured = default_profile([here])
     assert cluster_profile(Cluster((here, far)), measured).device("cpu:0") == measured.device("cpu:0")
+
+
+def test_a_core_of_this_host_changes_nothing_for_gpus_elsewhere() -> None:
+    """Their collectives are not the shared-memory ones that were measured here."""
+    far = parse_named("far", 4)
+    shape = BatchShape(prefill_tokens=1000, prefill_pairs=500_000, chunks=1)
+
+    def stage_ns(*others: Device) -> int:
+        profile = cluster_profile(Cluster((*others, *far)))
+        return RooflineCostModel(LLAMA_8B, tensor([d.name for d in far]), profile, dtype="bf16").stage_ns(0, 0, shape)
+
+    assert stage_ns(parse_device("cpu:0"), parse_device("cpu:1")) == stage_ns()
+    here = cluster_profile(Cluster((parse_device("cpu:0"), *far)))
+    sizes = np.array([65_536.0])
+    assert here.collective_ns(2, sizes) == default_profile([parse_device("cpu:0")]).collective_ns(2, sizes)
+    assert here.collective_ns(2, sizes, published=True) < 0.2 * here.collective_ns(2, sizes)
 
 
 def test_a_dtype_without_units_is_refused() -> None:

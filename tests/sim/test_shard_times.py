@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from evener.cost.base import BatchShape, stepwise_run
 from evener.cost.rates import default_profile
-from evener.cost.roofline import MAX_ROWS, RooflineCostModel
+from evener.cost.roofline import RooflineCostModel
+from evener.cost.stage import MAX_ROWS
 from evener.plan.default import equal_plan
 from evener.spec.cluster import Device, Link, parse_device
 from evener.spec.model import ModelSpec

@@ -112,6 +112,7 @@ def test_unknown_lengths_cost_something(base: SimulateOptions) -> None:
         ({"fail": ("cuda:9@3",)}, "no device 'cuda:9'"),
         ({"fail": ("nonsense",)}, "write DEVICE@SECONDS"),
         ({"slow": ("cuda:0@1",)}, "write DEVICE@SECONDS=FACTOR"),
+        ({"slow": ("cuda:0@1=0.5",)}, "with a factor from 1"),
         ({"plan": "x.yaml", "data_parallel_size": 2}, "leave out -tp"),
         ({"split": "odd"}, "use time or equal"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens=0"),

@@ -77,6 +77,16 @@ def test_blocks_are_the_fewest_over_the_shards() -> None:
         kv_blocks(Replica((stage,)), TINY, short, config, Bytes(100 * block))
 
 
+def test_what_this_host_has_free_is_no_limit_for_devices_elsewhere() -> None:
+    shard = structs.replace(WHOLE, device="far/cuda:0")
+    config = MemoryConfig(max_batch_tokens=4)
+    stage = Stage((0, 3), (shard,))
+    need = weight_bytes(shard, stage, TINY, "fp32") + workspace_bytes(shard, TINY, config)
+    block = block_bytes(shard, stage, TINY, config)
+    far = structs.replace(parse_device("cuda:0"), name="far/cuda:0", host="far", memory=Bytes(need + 9 * block))
+    assert kv_blocks(Replica((stage,)), TINY, Cluster((far,)), config, Bytes(2 * block)) == 9
+
+
 def test_no_memory_stated_anywhere_is_refused() -> None:
     cluster = Cluster((parse_device("cpu:0"),))
     with pytest.raises(InvalidPlan, match="--kv-cache-memory"):

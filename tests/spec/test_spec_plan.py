@@ -102,6 +102,10 @@ REFUSED = {
     "hole in layers": (staged((0, 10), (11, 30)), r"replica 0: layers \[10, 11\) belong to nobody"),
     "layers twice": (staged((0, 10), (9, 30)), r"layers \[9, 10\) are held twice"),
     "stage without layers": (staged((0, 30), (30, 30)), r"stage 1 has no layer; drop the stage"),
+    "no shared role": (
+        structs.replace(staged((0, 30)), replicas=(structs.replace(staged((0, 30)).replicas[0], role="decode"),)),
+        "replica 0 has role decode.*use both",
+    ),
     "no replica": (Plan(()), "no replica; give at least one"),
     "no stage": (Plan((Replica(()),)), "replica 0 has no stage"),
     "no shard": (Plan((Replica((Stage((0, 30), ()),)),)), "stage 0 has no shard; name at least one device"),

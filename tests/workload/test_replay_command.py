@@ -143,6 +143,32 @@ def test_what_is_skipped_and_what_is_bound(tmp_path: Path) -> None:
         read_traffic(path, skip=12)
 
 
+def test_what_ran_meanwhile_loads_the_prediction_too(tmp_path: Path) -> None:
+    """Skipped requests that run still, and those whose end a cut recording does not have: predicted beside the
+    others, and not counted among them."""
+    path, cut = tmp_path / "run", tmp_path / "cut"
+    written, costs = DP
+    todo = [SimRequest(Request(f"r{k}", 100, 60), Nanoseconds(k * 1_000_000), 60) for k in range(8)]
+    write_recording(path, written, costs, todo)
+    late = read_traffic(path, skip=4)
+    assert [r.request.request_id for r in late.around] == ["r0", "r1", "r2", "r3"]
+    recorder = Recorder(cut)
+    for record in read_record(path):
+        ends = isinstance(record, Entry) and any(
+            isinstance(c, Answer) and c.finish and c.request_id in ("r6", "r7") for c in record.commands
+        )
+        if ends:
+            break
+        recorder.add(record)
+    recorder.close()
+    whole = read_traffic(cut)
+    assert {r.request.request_id for r in whole.around} >= {"r6"}
+    assert all(r.ended is not None for r in whole.requests)
+    said = predicted(whole, recorded_costs(whole.header))
+    assert said.report.requests == said.report.completed == len(whole.requests)
+    assert said.report.duration_s == pytest.approx(achieved(whole, replay(cut)).report.duration_s, rel=0.02)
+
+
 def tampered(source: Path, target: Path) -> int:
     """A recording with one answer changed; returns its step."""
     out, step, at = Recorder(target), 0, -1

@@ -154,6 +154,8 @@ def test_exit_code_when_nothing_completes(url: str, script: Script) -> None:
         (("--offline", "--policy", "magic"), "magic"),
         (("--input-tokens", "4096", "--output-tokens", "1"), "4096 + 1 = 4097 tokens, the model's context is 4096"),
         (("--model", "huge"), "it serves: tiny"),
+        (("--output", "/nowhere/x.json"), "there is no directory /nowhere; make it first"),
+        (("--output", "/"), "is a directory"),
     ],
 )
 def test_bad_options_say_what_and_why(url: str, script: Script, args: tuple[str, ...], message: str) -> None:

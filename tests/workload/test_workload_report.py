@@ -77,6 +77,15 @@ def test_closed_loop_has_no_lateness() -> None:
     assert make_report(Run([ok(0, 0.5, 0.6, [1.0])], open_loop=False, duration_s=1.0)).lateness_ms.p50 is None
 
 
+def test_arrivals_are_those_of_an_open_loop() -> None:
+    """In a closed loop the answers set the pace; all at once is no rate, however long sending takes."""
+    at = [ok(0, 0.0, 0.0, [1.0]), ok(1, 10.0, 10.0, [11.0])]
+    assert make_report(Run(at, open_loop=True, duration_s=11.0)).arrival_req_s == pytest.approx(0.1)
+    assert make_report(Run(at, open_loop=False, duration_s=11.0)).arrival_req_s is None
+    burst = [ok(0, 0.0, 0.0001, [1.0]), ok(1, 0.0, 0.0002, [1.0])]
+    assert make_report(Run(burst, open_loop=True, duration_s=1.0)).arrival_req_s is None
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50))
 def test_percentiles_are_monotone_and_bounded(values: list[float]) -> None:

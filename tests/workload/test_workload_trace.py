@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evener.errors import InvalidTrace
+from evener.workload.spec import parse_traffic
 from evener.workload.trace import Trace, TraceRow, read_trace, write_trace
+from evener.workload.traffic import Traffic, make_requests
 
 SHARED = Path(os.environ.get("EVENER_SHARED", Path(__file__).parents[2].parent / "shared"))
 
@@ -47,6 +49,16 @@ def test_scaling_uses_one_factor() -> None:
     assert trace.within(4000) is trace
     with pytest.raises(InvalidTrace, match="context of 1 tokens"):
         trace.within(1)
+
+
+def test_a_slice_of_a_day_begins_when_it_is_replayed(tmp_path: Path) -> None:
+    """The zero of a trace is arbitrary: nobody waits an hour for its first request."""
+    path = tmp_path / "slice.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens\n3600,5,2\n3602,5,2\n")
+    assert read_trace(path).rows[0].arrival_s == 3600.0
+    replayed = make_requests(Traffic(trace=path, rate_scale=2.0))
+    assert [r.arrival_s for r in replayed] == [0.0, 1.0]
+    assert [r.arrival_s for r in parse_traffic(str(path)).trace.rows] == [0.0, 2.0]
 
 
 def test_rate_and_slices() -> None:

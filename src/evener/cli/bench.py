@@ -17,6 +17,7 @@ from rich.table import Table
 
 from evener.api import EngineOptions
 from evener.cli.engine_options import said, with_engine_options
+from evener.cli.paths import check_folder
 from evener.errors import InvalidInput
 from evener.workload import drive
 from evener.workload.client import CompletionsClient, ask_served, open_session
@@ -78,6 +79,7 @@ def bench(
 ) -> None:
     """Load an OpenAI-compatible server, or an engine in this process, and report latency, throughput and goodput."""
     bounds = parse_slo(slo) if slo is not None else None
+    check_folder(output, "--output")
     traffic = Traffic(
         requests=requests, concurrency=concurrency, rate=rate, burstiness=burstiness, trace=trace,
         rate_scale=rate_scale, context=context, input_tokens=input_tokens, output_tokens=output_tokens,
@@ -131,14 +133,21 @@ def bench(
     asked = msgspec.to_builtins(traffic, enc_hook=str)
     settings = {"target": "offline" if offline else url, "model": name, "slo": slo, **asked}
     figures = {**msgspec.to_builtins(report), "interrupted": interrupted, "settings": settings}
-    if output is not None:
-        output.write_bytes(msgspec.json.encode({**figures, "records": run.records}))
     if json:
         print(msgspec.json.format(msgspec.json.encode(figures), indent=2).decode())
     else:
         print_report(report)
+    if output is not None:
+        _write(output, msgspec.json.encode({**figures, "records": run.records}))
     if interrupted or not report.completed:
         raise typer.Exit(130 if interrupted else 1)
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise InvalidInput(f"--output {path} cannot be written: {error.strerror}") from error
 
 
 def _check_target(given: dict[str, str], offline: bool) -> None:
@@ -178,7 +187,7 @@ def print_report(report: Report) -> None:
         ("tokens", f"{report.input_tokens} in, {report.output_tokens} out"),
         ("throughput", f"{report.output_tok_s:.1f} output tok/s, {report.total_tok_s:.1f} tok/s in all"),
         ("goodput", f"{report.goodput_req_s:.3f} req/s"),
-        ("arrivals", f"{report.arrival_req_s:.3f} req/s" if report.arrival_req_s else "at once"),
+        ("arrivals", _arrivals(report)),
         ("client", f"{report.client_cpu_s:.2f} s CPU" + _late(report.lateness_ms)),
     ):
         counts.add_row(name, value)
@@ -194,6 +203,12 @@ def print_report(report: Report) -> None:
         times.add_row(name, *("-" if v is None else f"{v:.1f}" for v in (s.p50, s.p90, s.p99, s.mean)))
     console.print(counts)
     console.print(times)
+
+
+def _arrivals(report: Report) -> str:
+    if not report.open_loop:
+        return "closed loop: a request is sent when another ends"
+    return f"{report.arrival_req_s:.3f} req/s" if report.arrival_req_s else "at once"
 
 
 def _late(lateness: Summary) -> str:

@@ -16,6 +16,7 @@ from evener.api import EngineOptions
 from evener.cli.cases import read_cases
 from evener.cli.elsewhere import compare_elsewhere
 from evener.cli.engine_options import said, with_engine_options
+from evener.cli.paths import check_folder
 from evener.errors import InvalidInput
 from evener.workload.bars import plot_ledgers
 from evener.workload.compare import Case, Compared, requests_of, warm_up_of
@@ -57,7 +58,7 @@ def compare(
     bounds = parse_slo(slo) if slo is not None else None
     given = {name for name in said(ctx) if name in EngineOptions.__struct_fields__}
     listed = read_cases(case or (), cases, options, given) or [Case("as given", options, frozenset(given))]
-    _check_plot(plot)
+    check_folder(plot, "--plot")
 
     def progress(text: str) -> None:
         print(f"evener: {text}", file=sys.stderr, flush=True)
@@ -81,12 +82,6 @@ def compare(
         named = [(f"{r.name}: {r.report.output_tok_s:.0f} output tok/s", r.account) for r in results]
         plot_ledgers(named, plot, title, f"evener compare, {how}; traffic {traffic}")
         print(f"evener: wrote {plot}", file=sys.stderr)
-
-
-def _check_plot(path: Path | None) -> None:
-    """Before minutes are spent on what cannot be drawn."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise InvalidInput(f"--plot {path}: there is no directory {path.absolute().parent}; make it first")
 
 
 def _figures(results: list[Compared], traffic: str, slo: str | None) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def compare_elsewhere(
                 router=options.router,
                 report=got.report,
                 account=got.account,
-                verdict=verdict(got.account),
+                verdict=verdict(got.account, got.hints),
                 output_tok_s=(got.report.output_tok_s,),
             )
         )

@@ -96,7 +96,8 @@ def request_view(request: dict[str, Any], width: int) -> RenderableType:
     """Where one request's latency went."""
     state = "took" if request["ended"] else "runs since"
     title = (
-        f"{request['request_id']}: {request['prompt_tokens']} tokens in, {request['output_tokens']} out, "
+        f"{request['request_id']}: {request['prompt_tokens']} tokens in, "
+        f"{'' if request['output_tokens'] is None else str(request['output_tokens']) + ' out, '}"
         f"{state} {request['latency_s']:.3f} s"
     )
     for name in ("preempted", "moved"):

@@ -9,7 +9,9 @@ from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from evener.cli.plan_output import choice_json, show_assessments, show_choice, show_sizes
+from evener.cli import shared_options
+from evener.cli.paths import check_folder
+from evener.cli.plan_output import choice_json, serve_command, show_assessments, show_choice, show_sizes
 from evener.errors import InvalidInput
 from evener.plan.assess import assess as judge
 from evener.plan.assess import judge_plan, parse_layout
@@ -20,37 +22,23 @@ from evener.plan.more import one_more
 from evener.plan.planner import choose_plan
 from evener.plan.search import Scored
 from evener.plan.size import size_for
-from evener.planning import DEFAULT_TRAFFIC, PlanOptions, make_problem
+from evener.planning import DEFAULT_TRAFFIC, PlanOptions, check_objective, make_problem
 
 
 def plan(
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Directory, .gguf file, hub id or config.json. Default: the installed SmolLM2.",
-                       show_default=False),
-    ] = None,
-    cluster: Annotated[str | None, typer.Option(help="Devices and links (YAML, docs/clusters.md).")] = None,
-    devices: Annotated[
-        list[str] | None,
-        typer.Option("--devices", "--device", help="As for serve; they need not be here. Repeatable, or separated by "
-                     "spaces.", show_default="all of this host"),
-    ] = None,
+    model: shared_options.Model = None,
+    cluster: shared_options.ClusterFile = None,
+    devices: shared_options.Devices = None,
     traffic: Annotated[
         str, typer.Option(help="Trace (CSV), or rate=4,in=lognormal:180:0.8,out=128; without a rate: throughput.")
     ] = DEFAULT_TRAFFIC,
     slo: Annotated[str | None, typer.Option(help="Plan for goodput within ttft=2s,tpot=100ms,e2e=10s.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the weights.", show_default="fp32 on CPUs, bf16 or fp16 on GPUs")
-    ] = None,
-    kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache.", show_default="as --dtype")] = None,
-    kv_cache_memory: Annotated[
-        str | None, typer.Option(help="For devices that declare no memory.", show_default="a share of what is free")
-    ] = None,
-    max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="Sequences at once, per replica.", show_default="64 on CPUs, 256 on GPUs")
-    ] = None,
-    policy: Annotated[str, typer.Option(help="equal-time, fcfs or static.")] = "equal-time",
+    dtype: shared_options.Dtype = None,
+    kv_dtype: shared_options.KvDtype = None,
+    kv_cache_memory: shared_options.KvCacheMemory = None,
+    max_num_seqs: shared_options.MaxNumSeqs = None,
+    policy: shared_options.Policy = "equal-time",
     requests: Annotated[int, typer.Option(min=8, help="Requests to simulate, at most.")] = 400,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here (YAML).")] = None,
     assess: Annotated[
@@ -106,7 +94,7 @@ def plan(
     options = PlanOptions(
         model=model,
         cluster=cluster,
-        devices=tuple(d for text in devices or () for d in text.split()),
+        devices=shared_options.device_names(devices),
         traffic=traffic,
         slo=slo,
         dtype=dtype,
@@ -115,12 +103,19 @@ def plan(
         max_num_seqs=max_num_seqs,
         policy=policy,
     )
-    problem = make_problem(options)
-    layouts = [parse_layout(text) for text in assess or ()]
+    for path, option in ((output, "--output"), (plot, "--plot")):
+        check_folder(path, option)
     if emit is not None and emit not in ENGINES:
         raise InvalidInput(f"--emit {emit!r} is not one of {', '.join(ENGINES)}")
-    if size and (assess or emit or what_if):
-        raise InvalidInput("--size asks another question than --assess, --what-if and --emit; ask one at a time")
+    if size and (assess or emit or what_if or output or plot):
+        raise InvalidInput(
+            "--size answers with numbers of devices, not with a plan; leave out --assess, --what-if, --emit, --output "
+            "and --plot"
+        )
+    if emit and (assess or what_if):
+        raise InvalidInput("--emit prints commands for the chosen plan; leave out --assess and --what-if")
+    problem = check_objective(make_problem(options))
+    layouts = [parse_layout(text) for text in assess or ()]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=as_json_) as bar:
         task = bar.add_task("searching", total=None)
@@ -150,13 +145,20 @@ def plan(
         from evener.plan.plot import draw_front
 
         draw_front(choice, plot)
-    launches = emit_commands(emit, problem, choice.best, model or "MODEL") if emit is not None else []
+    launches = emit_commands(emit, problem, choice.best, _weights(model) or "MODEL") if emit is not None else []
     if assessed:
         show_assessments(assessed, choice, as_json_)
     elif as_json_:
         typer.echo(json.dumps(choice_json(problem, choice, more, launches, output), indent=1))
     else:
-        show_choice(problem, choice, more, launches, output)
+        served = serve_command(problem, choice.best.plan, output, _weights(model), kv_cache_memory) if output else ""
+        show_choice(problem, choice, more, launches, output, served)
+
+
+def _weights(model: str | None) -> str | None:
+    """Where the weights are of a model that may be named by its config.json alone."""
+    path = Path(model) if model is not None else None
+    return str(path.parent) if path is not None and path.name == "config.json" else model
 
 
 def _given(context: typer.Context) -> set[str]:

@@ -16,7 +16,7 @@ from evener.ledger.causes import Cause
 from evener.plan.load import load_plan
 from evener.workload.backtest import Line, accounted, predicted, set_beside_in_short
 from evener.workload.rehearse import Rehearsal
-from evener.workload.replay import recorded_costs, recorded_kv_dtype, recorded_profile
+from evener.workload.replay import recorded_costs, recorded_profile
 from evener.workload.whatif import with_plan
 
 NOTICEABLE = 0.05
@@ -64,7 +64,7 @@ def check(
 
 def _headline(run: Run) -> str:
     header = run.traffic.header
-    formats = f"{header.costs['dtype']} with {recorded_kv_dtype(header)} KV"
+    formats = f"{header.costs['dtype']} with {header.kv_dtype} KV"
     return f"{run.source}: plan {header.plan.name}, {run.model} in {formats}, policy {header.brain.policy}"
 
 
@@ -128,7 +128,7 @@ def _figures(
         "source": run.source,
         "model": run.model,
         "dtype": header.costs["dtype"],
-        "kv_dtype": recorded_kv_dtype(header),
+        "kv_dtype": header.kv_dtype,
         "policy": header.brain.policy,
         "plan": header.plan,
         "layout": describe(header.plan),

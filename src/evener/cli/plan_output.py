@@ -43,9 +43,9 @@ def choice_json(
 
 
 def show_choice(
-    problem: Problem, choice: Choice, more: list[Gain], launches: list[Launch], output: Path | None
+    problem: Problem, choice: Choice, more: list[Gain], launches: list[Launch], output: Path | None, served: str
 ) -> None:
-    """For people."""
+    """For people. `served`: how to serve what was written to `output`, or nothing."""
     console = Console()
 
     def say(text: str) -> None:
@@ -76,17 +76,20 @@ def show_choice(
         for note in x.notes if x.command else ():
             say(f"  note: {note}")
     if output is not None:
-        say(f"wrote {output}{serve_command(problem, choice.best.plan, output)}")
+        say(f"wrote {output}" + (f": {served}" if served else ""))
 
 
-def serve_command(problem: Problem, plan: Plan, output: Path) -> str:
-    """How to serve what was planned: a plan file says nothing of slow-downs, memory, dtypes, policy and limits. Empty
-    for devices that are not here."""
+def serve_command(
+    problem: Problem, plan: Plan, output: Path, model: str | None = None, kv_cache_memory: str | None = None
+) -> str:
+    """How to serve what was planned: a plan file says nothing of the model, of slow-downs, memory, dtypes, policy and
+    limits. Empty for devices that are not here."""
     used = set(plan.devices())
     devices = [d for d in problem.cluster.devices if d.name in used]
     if any(d.host != "localhost" or d.kind != "cpu" for d in devices):
         return ""
-    parts = [f"evener serve --plan {shlex.quote(str(output))}"]
+    what = f" {shlex.quote(model)}" if model is not None else ""
+    parts = [f"evener serve{what} --plan {shlex.quote(str(output))}"]
     if any(d.slowdown > 1.0 or d.memory is not None for d in devices):
         parts.append(f"--devices {shlex.quote(' '.join(map(_device_text, devices)))}")
     memory, served = problem.memory, EngineOptions()
@@ -94,11 +97,13 @@ def serve_command(problem: Problem, plan: Plan, output: Path) -> str:
         parts.append(f"--dtype {memory.dtype}")
     if memory.kv_dtype != memory.dtype:
         parts.append(f"--kv-dtype {memory.kv_dtype}")
+    if kv_cache_memory is not None:
+        parts.append(f"--kv-cache-memory {kv_cache_memory}")
     if problem.policy != served.policy:
         parts.append(f"--policy {problem.policy}")
     if problem.max_num_seqs != served.max_num_seqs:
         parts.append(f"--max-num-seqs {problem.max_num_seqs}")
-    return ": " + " ".join(parts)
+    return " ".join(parts)
 
 
 def _device_text(device: Device) -> str:

@@ -17,12 +17,12 @@ from evener.errors import InvalidInput
 from evener.execute.served import Header
 from evener.ledger.account import Account
 from evener.ledger.causes import Cause
-from evener.ledger.verdict import verdict
+from evener.ledger.verdict import Hints, verdict
 from evener.profile.store import load_profile
 from evener.workload.backtest import achieved, others_took, predicted, read_traffic, set_beside
 from evener.workload.bars import plot_ledgers
 from evener.workload.calibrate import observe
-from evener.workload.replay import recorded_costs, recorded_kv_dtype
+from evener.workload.replay import recorded_costs
 from evener.workload.replay import replay as run_again
 from evener.workload.slo import parse_slo
 
@@ -75,7 +75,7 @@ def replay(
         figures |= {"account": msgspec.to_builtins(account)}
         _say(json, figures, same)
         if account is not None and not json:
-            print_account(account)
+            print_account(account, done.header.hints)
         if plot is not None:
             _draw([(record.name, account)] if account is not None else [], plot, "Where every device-second went")
         return
@@ -121,7 +121,7 @@ def _costs(kind: str, header: Header, fit_on: Path, record: Path) -> tuple[CostM
         raise InvalidInput(f"{names} were not measured here; run `evener devices --devices {names}` first")
     costs = RooflineCostModel(
         header.model, header.plan, bind(profile, devices), dtype=header.costs["dtype"],
-        kv_dtype=recorded_kv_dtype(header), links=header.cluster.links,
+        kv_dtype=header.kv_dtype, links=header.cluster.links,
     )  # fmt: skip
     return costs, "assumed rates" if kind == "default" else "this host's measured profile"
 
@@ -133,7 +133,7 @@ def _draw(ledgers: list[tuple[str, Account]], path: Path, title: str) -> None:
     print(f"evener: wrote {path}", file=sys.stderr)
 
 
-def print_account(account: Account) -> None:
+def print_account(account: Account, hints: Hints) -> None:
     """One column per device, shares in percent, and the verdict."""
     shown = Table("%", *account.devices, box=None)
     for column in shown.columns[1:]:
@@ -143,5 +143,5 @@ def print_account(account: Account) -> None:
             shown.add_row(cause.label, *(f"{100 * d.share(cause):.1f}" for d in account.devices.values()))
     console = Console()
     console.print(shown)
-    for line in verdict(account).text():
+    for line in verdict(account, hints).text():
         console.print(line, markup=False, highlight=False)

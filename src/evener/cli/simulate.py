@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from evener.api import describe
+from evener.cli import shared_options
 from evener.execute.sim.figures import Percentiles
 from evener.ledger.account import Account, Use
 from evener.ledger.causes import Cause
@@ -22,17 +23,9 @@ MOST_DEVICES = 16
 
 
 def simulate(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Directory, .gguf file, hub id or config.json. Default: the installed SmolLM2.",
-                       show_default=False),
-    ] = None,
-    cluster: Annotated[str | None, typer.Option(help="Devices and links (YAML, docs/clusters.md).")] = None,
-    devices: Annotated[
-        list[str] | None,
-        typer.Option("--devices", "--device", help="As for serve; they need not be here. Repeatable, or separated by "
-                     "spaces.", show_default="all of this host"),
-    ] = None,
+    model: shared_options.Model = None,
+    cluster: shared_options.ClusterFile = None,
+    devices: shared_options.Devices = None,
     plan: Annotated[str | None, typer.Option(help="Plan file (YAML), instead of -tp, -pp, -dp.")] = None,
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="Shards per stage.")] = 1,
     pipeline_parallel_size: Annotated[
@@ -44,23 +37,17 @@ def simulate(
         str, typer.Option(help="Trace (CSV), or rate=4,in=lognormal:180:0.8,out=128,requests=1000,burstiness=0.5.")
     ] = DEFAULT_TRAFFIC,
     slo: Annotated[str | None, typer.Option(help="Goodput bounds, as in ttft=200ms,tpot=50ms,e2e=10s.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the weights.", show_default="fp32 on CPUs, bf16 or fp16 on GPUs")
-    ] = None,
-    kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache.", show_default="as --dtype")] = None,
-    kv_cache_memory: Annotated[
-        str | None, typer.Option(help="For devices that declare no memory.", show_default="a share of what is free")
-    ] = None,
-    max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="Sequences at once, per replica.", show_default="64 on CPUs, 256 on GPUs")
-    ] = None,
+    dtype: shared_options.Dtype = None,
+    kv_dtype: shared_options.KvDtype = None,
+    kv_cache_memory: shared_options.KvCacheMemory = None,
+    max_num_seqs: shared_options.MaxNumSeqs = None,
     max_num_batched_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of one batch.", show_default="a predicted half second")
     ] = None,
     max_queue: Annotated[
         int | None, typer.Option(min=0, help="Waiting requests; one more is refused.", show_default="no limit")
     ] = None,
-    policy: Annotated[str, typer.Option(help="equal-time, fcfs or static.")] = "equal-time",
+    policy: shared_options.Policy = "equal-time",
     router: Annotated[str, typer.Option(help="least-work, least-requests or round-robin.")] = "least-work",
     max_tokens: Annotated[
         int | None,
@@ -79,7 +66,7 @@ def simulate(
 ) -> None:  # fmt: skip
     """Serve this traffic with a plan in virtual time: throughput, latency, goodput and the ledger. Starts nothing."""
     options = SimulateOptions(
-        model=model, cluster=cluster, devices=tuple(d for text in devices or () for d in text.split()), plan=plan,
+        model=model, cluster=cluster, devices=shared_options.device_names(devices), plan=plan,
         tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size,
         data_parallel_size=data_parallel_size, split=split, traffic=traffic, slo=slo, dtype=dtype, kv_dtype=kv_dtype,
         kv_cache_memory=kv_cache_memory, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,

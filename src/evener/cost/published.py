@@ -10,6 +10,7 @@ from typing import Literal
 from msgspec import structs
 
 from evener.cost.rates import (
+    PUBLISHED,
     Collective,
     DeviceProfile,
     GemmRates,
@@ -60,7 +61,7 @@ def published_rates(peaks: Peaks) -> Rates:
 
 def published_collectives() -> tuple[Collective, ...]:
     """What an all-reduce costs before any byte moves."""
-    return tuple(Collective("published", n, ((1024, ns), (1 << 20, ns))) for n, ns in COLLECTIVE_NS.items())
+    return tuple(Collective(PUBLISHED, n, ((1024, ns), (1 << 20, ns))) for n, ns in COLLECTIVE_NS.items())
 
 
 def cluster_profile(cluster: Cluster, measured: Profile | None = None) -> Profile:
@@ -79,7 +80,7 @@ def cluster_profile(cluster: Cluster, measured: Profile | None = None) -> Profil
     if local:
         base = bind(measured, local) if measured is not None else default_profile(local)
         own, missing = list(base.devices), [*base.missing, ASSUMED]
-        collectives = base.collectives
+        collectives = (*base.collectives, *published_collectives())
     else:
         collectives = published_collectives()
     bound = bind(_of_sheets(sheets), sheets)

@@ -154,6 +154,10 @@ class DeviceProfile(Struct, frozen=True):
         return 0.0 if alone else 1.0 - 1.0 / self.crowding
 
 
+PUBLISHED = "published"
+"""Transport of collectives among devices that were not measured here."""
+
+
 class Collective(Struct, frozen=True):
     """Latency of an all-reduce among `ranks` ranks, by message size."""
 
@@ -207,11 +211,15 @@ class Profile(Struct, frozen=True):
             f"device {name!r} is not in the profile (has: {have}); run `evener devices --devices {name}`"
         )
 
-    def collective_ns(self, ranks: int, nbytes: Floats) -> Floats:
-        """Nanoseconds of an all-reduce among `ranks`; unmeasured rank counts scale with `ranks - 1`."""
+    def collective_ns(self, ranks: int, nbytes: Floats, published: bool = False) -> Floats:
+        """Nanoseconds of an all-reduce among `ranks`; unmeasured rank counts scale with `ranks - 1`.
+
+        `published`: among devices known by their makers' figures; what was measured among this host's is not theirs.
+        """
         if ranks < 2 or not self.collectives:
             return np.zeros_like(nbytes)
-        nearest = min(self.collectives, key=lambda c: (abs(c.ranks - ranks), c.ranks))
+        theirs = [c for c in self.collectives if (c.transport == PUBLISHED) == published] or self.collectives
+        nearest = min(theirs, key=lambda c: (abs(c.ranks - ranks), c.ranks))
         return np.where(nbytes > 0, nearest.ns(nbytes) * ((ranks - 1) / (nearest.ranks - 1)), 0.0)
 
 

@@ -12,6 +12,7 @@ from msgspec import Struct
 from evener.brain import BrainConfig
 from evener.engine.events import Answer, Arrived, Cancelled, Command, Event, Refuse, WorkerDown
 from evener.engine.request import Request
+from evener.ledger.finding import Hints, hints_of
 from evener.spec.cluster import Cluster
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Plan
@@ -35,6 +36,17 @@ class Header(Struct, frozen=True, array_like=True, tag="header"):
     brain: BrainConfig
     costs: dict[str, Any]
     """Identity of the cost model and what it was made from (see `evener.api`); the replayed one must be equal."""
+
+    @property
+    def kv_dtype(self) -> str:
+        """Of the KV cache."""
+        said: str = self.costs["kv_dtype"]
+        return said
+
+    @property
+    def hints(self) -> Hints:
+        """What a verdict about the run may name."""
+        return hints_of(self.model, self.kv_dtype, self.brain.max_num_seqs)
 
 
 class Served(Struct):

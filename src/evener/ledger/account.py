@@ -108,7 +108,9 @@ class ReplicaAccount(Use, frozen=True, kw_only=True):
     prefill_tokens: int
     """Prompt tokens computed, recomputed ones included."""
     down: str | None
-    """Why it is down now."""
+    """Why it is down, if it is so at the window's end."""
+    loading_s: float
+    """Seconds before it served for the first time."""
 
 
 class LinkAccount(Struct, frozen=True, kw_only=True):
@@ -201,7 +203,7 @@ def _stage(replica: int, stage: int, layers: int, books: Sequence[DeviceBook], c
 
 
 def _replica(book: ReplicaBook, counters: Sequence[int], began: int, ended: int) -> ReplicaAccount:
-    short = book.short
+    short = book.short.series
     short_ns, token_us, request_us = short.between(min(began, short.until), min(ended, short.until))
     steps = counters[DECODE_STEPS]
     return ReplicaAccount(
@@ -209,7 +211,9 @@ def _replica(book: ReplicaBook, counters: Sequence[int], began: int, ended: int)
         short_of_kv_tokens=token_us * 1000 // short_ns if short_ns else 0,
         short_of_kv_requests=request_us * 1000 / short_ns if short_ns else 0.0,
         mean_decode_rows=counters[DECODE_ROWS] / steps if steps else 0.0,
-        prefill_tokens=counters[PREFILL_TOKENS] // len(book.devices), down=book.why_down,
+        prefill_tokens=counters[PREFILL_TOKENS] // len(book.devices),
+        down=book.why_down if ended >= book.down_since else None,
+        loading_s=max(0, min(ended, book.first_up) - began) / NS_PER_S,
         **_use(book.devices, counters),
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from msgspec import Struct
 
 from evener.ledger.account import StageAccount, Use
 from evener.ledger.causes import Cause
+from evener.spec.model import ModelSpec
 from evener.units import NS_PER_S
 
 THRESHOLD = 0.05
@@ -28,6 +29,11 @@ class Hints(Struct, frozen=True):
     """Over all layers and heads, to say memory in bytes."""
     max_num_seqs: int | None = None
     """Sequences that hold KV, per replica: no more can be let in at a time."""
+
+
+def hints_of(model: ModelSpec, kv_dtype: str, max_num_seqs: int) -> Hints:
+    """Of a deployment of this model."""
+    return Hints(kv_bytes_per_token=model.kv_bytes_per_token(kv_dtype), max_num_seqs=max_num_seqs)
 
 
 class Finding(Struct, frozen=True, kw_only=True):

@@ -19,6 +19,8 @@ from evener.spec.plan import Plan
 from evener.units import NS_PER_S, Nanoseconds
 
 RESOLUTION = Nanoseconds(NS_PER_S // 4)
+EVERYTHING = 1 << 62
+"""Checkpoints to keep of a run that has ended: all."""
 
 
 class Ledger:
@@ -110,14 +112,14 @@ class Ledger:
             return
         at, prompt, waits = self._tokens_waiting.pop(request_id, (replica, 0, 0))
         if waits:
-            self._replicas[at].waits(now, -waits)
+            self._replicas[at].short.waits(now, -waits)
         if what == Milestone.ENDED:
             return
         if what == Milestone.ARRIVED:
             prompt = tokens
         waits = 0 if what == Milestone.ADMITTED else prompt if what == Milestone.ARRIVED else prompt + tokens
         if waits:
-            self._replicas[replica].waits(now, waits)
+            self._replicas[replica].short.waits(now, waits)
         self._tokens_waiting[request_id] = (replica, prompt, waits)
 
     # ---- the bodies -------------------------------------------------------------------------------------------
@@ -148,7 +150,8 @@ class Ledger:
         """Where the time of [since, until) went; by default all since the start. Call `settle` before.
 
         A window that begins before the oldest checkpoint kept begins there; it ends with what is accounted for. Raises
-        InvalidInput for a window that runs backwards, or for any where no checkpoints are kept.
+        InvalidInput for a window that runs backwards or that is wholly forgotten, or for any where no checkpoints are
+        kept.
         """
         books = [book for replica in self._replicas for book in replica.devices]
         latest: int = max(book.series.until for book in books)
@@ -158,11 +161,17 @@ class Ledger:
             raise InvalidInput("this ledger keeps totals only (resolution=None): ask without `since` and `until`")
         if since is not None and until is not None and since > until:
             raise InvalidInput(f"the window [{since}, {until}) runs backwards; give since <= until")
-        if began > self.start:
-            began = max(began, *(book.series.first for book in books), *(r.short.first for r in self._replicas))
+        if began > self.start or ended < latest:
+            kept = max(*(book.series.first for book in books), *(r.short.series.first for r in self._replicas))
+            if until is not None and until < kept and kept > self.start:
+                raise InvalidInput(
+                    f"the window ends {(until - self.start) / NS_PER_S:.1f} s after the start, what happened before "
+                    f"{(kept - self.start) / NS_PER_S:.1f} s is forgotten; ask for a later one"
+                )
+            began = max(began, kept)
         ended = max(began, ended)
         for replica in self._replicas:
-            replica.count_to(self.now)
+            replica.short.count_to(self.now)
         return read_account(self.plan, self._replicas, self.start, began, ended)
 
     def books(self) -> list[list[DeviceBook]]:
@@ -189,7 +198,7 @@ class Ledger:
             arrived=steps[0].now,
             ended=ended,
             prompt_tokens=steps[0].tokens,
-            output_tokens=max((s.tokens for s in steps[1:]), default=0),
+            output_tokens=None if ended is None else last.tokens,
             preempted=sum(s.what == Milestone.PREEMPTED for s in steps),
             moved=sum(s.what == Milestone.MOVED for s in steps),
             phases=tuple(self._phase(s) for s in stretches(steps, self.now)),

@@ -35,7 +35,7 @@ from evener.ledger.book import (
 from evener.ledger.causes import Cause
 from evener.ledger.divide import divide
 from evener.ledger.history import History
-from evener.ledger.series import Series
+from evener.ledger.shortage import Shortage
 from evener.ledger.spans import HoldKind, MakeUp, Span
 from evener.ledger.work import Work
 from evener.units import NS_PER_S, Nanoseconds
@@ -64,8 +64,10 @@ class ReplicaBook:
         self.late_spans = 0
         """Spans that came when the replica was down already; their time counts as `down`."""
         self.why_down: str | None = "loading"
-        self.short = Series(start, 0, 3, every, keep)
-        """Nanoseconds in which a request waited for blocks; in these, waiting tokens and requests x microseconds."""
+        self.down_since: int = start
+        """When it went down last."""
+        self.first_up = _NEVER
+        self.short = Shortage(start, every, keep)
         self.records: dict[int, BatchRecord] = {}
         """Batches issued and not accounted for by every device, in order of issue."""
         self._costs = costs
@@ -73,8 +75,6 @@ class ReplicaBook:
         self._waiting = waiting
         self._states = History(start, _DOWN)
         self._told = _NOBODY
-        self._is_short = False
-        self._waiting_tokens = self._waiting_requests = 0
         self._last: BatchRecord | None = None
         self._newest = -1
         self._last_stage = len(stages) - 1
@@ -124,9 +124,7 @@ class ReplicaBook:
     def state(self, now: Nanoseconds, hold: HoldKind, unfinished: bool, short_of_kv: bool) -> None:
         """See Journal."""
         self._told = _KV if hold == 1 else _HELD if hold == 2 else _HOST if unfinished else _NOBODY
-        if short_of_kv != self._is_short:
-            self._count_short(now)
-            self._is_short = short_of_kv
+        self.short.changes(now, short_of_kv)
         if self.why_down is None:
             self._states.change(now, self._told)
             if len(self._states) >= self._forget_at:
@@ -135,6 +133,7 @@ class ReplicaBook:
     def up(self, now: Nanoseconds) -> None:
         """The replica serves from `now` on."""
         self.why_down = None
+        self.first_up = min(self.first_up, now)
         self._states.change(now, self._told)
 
     def down(self, now: Nanoseconds, reason: str) -> None:
@@ -146,18 +145,9 @@ class ReplicaBook:
             self._close(book, now, lost)
         self.records.clear()
         self._last = None
-        self._count_short(now)
-        self._is_short = False
-        self._waiting_tokens = self._waiting_requests = 0
-        self.why_down, self._told = reason, _NOBODY
+        self.short.ends(now)
+        self.why_down, self.down_since, self._told = reason, now, _NOBODY
         self._states.change(now, _DOWN)
-
-    def waits(self, now: Nanoseconds, tokens: int) -> None:
-        """A request with so many tokens begins to wait; fewer than 0: it does not wait any more."""
-        if self._is_short:
-            self._count_short(now)
-        self._waiting_tokens = max(0, self._waiting_tokens + tokens)
-        self._waiting_requests = max(0, self._waiting_requests + (1 if tokens > 0 else -1))
 
     # ---- spans ------------------------------------------------------------------------------------------------
 
@@ -386,21 +376,6 @@ class ReplicaBook:
         else:
             last = self._last
             self._explain(book, now, 0 if last is None else last.end if last.left == 0 else last.done)
-
-    def _count_short(self, now: Nanoseconds) -> None:
-        series = self.short
-        if self._is_short:
-            series.totals[0] += now - series.until
-            series.totals[1] += self._waiting_tokens * ((now - series.until) // 1000)
-            series.totals[2] += self._waiting_requests * ((now - series.until) // 1000)
-        series.until = now
-        if now >= series.mark:
-            series.checkpoint()
-
-    def count_to(self, now: Nanoseconds) -> None:
-        """Bring the replica's own counters up to `now`."""
-        if now > self.short.until:
-            self._count_short(now)
 
     def passed(self) -> int:
         """Everything before is accounted for on every device."""

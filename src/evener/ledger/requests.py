@@ -27,7 +27,8 @@ class RequestAccount(Struct, frozen=True):
     arrived: Nanoseconds
     ended: Nanoseconds | None
     prompt_tokens: int
-    output_tokens: int
+    output_tokens: int | None
+    """None while it runs: the ledger hears of the first tokens and of the end."""
     preempted: int
     moved: int
     phases: tuple[Phase, ...]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from evener.ledger.account import Account
+from evener.ledger.account import Account, ReplicaAccount
 from evener.ledger.causes import Cause
 from evener.ledger.finding import (
     THRESHOLD,
@@ -23,12 +23,10 @@ from evener.units import human_bytes
 def kv(account: Account, hints: Hints) -> Iterator[Finding]:
     """Requests wait for KV blocks: devices idle, compute again, or run small batches."""
     for r, replica in account.replicas.items():
-        starved, again = seconds_of(replica, Cause.KV_STARVED), seconds_of(replica, Cause.RECOMPUTE)
-        up_s = (replica.wall_s - seconds_of(replica, Cause.DOWN)) / len(replica.devices)
-        short = replica.short_of_kv_s / up_s if up_s > 0 else 0.0
-        lost = starved + again
-        if short < TOLD_SHORT or (share_of(replica, lost) < THRESHOLD and short < 2 * THRESHOLD):
+        if not _short_of_kv(replica):
             continue
+        starved, again = seconds_of(replica, Cause.KV_STARVED), seconds_of(replica, Cause.RECOMPUTE)
+        short, lost = _short_share(replica), starved + again
         waiting, tokens = replica.short_of_kv_requests, replica.short_of_kv_tokens
         evidence = (
             f"{waiting:.0f} requests of {tokens} tokens wait for KV blocks {short:.0%} of the time, while a decode "
@@ -45,6 +43,17 @@ def kv(account: Account, hints: Hints) -> Iterator[Finding]:
         remedy = f"raise --kv-cache-memory: {room}; or lower --max-num-seqs, so that fewer requests share it"
         cause = Cause.RECOMPUTE if again > starved else Cause.KV_STARVED
         yield make_finding(cause, replica_name(r), replica, lost, evidence, remedy)
+
+
+def _short_share(replica: ReplicaAccount) -> float:
+    """Of the time in which the replica was up."""
+    up_s = (replica.wall_s - seconds_of(replica, Cause.DOWN)) / len(replica.devices)
+    return replica.short_of_kv_s / up_s if up_s > 0 else 0.0
+
+
+def _short_of_kv(replica: ReplicaAccount) -> bool:
+    short, lost = _short_share(replica), seconds_of(replica, Cause.KV_STARVED) + seconds_of(replica, Cause.RECOMPUTE)
+    return short >= TOLD_SHORT and (share_of(replica, lost) >= THRESHOLD or short >= 2 * THRESHOLD)
 
 
 def imbalance(account: Account, hints: Hints) -> Iterator[Finding]:
@@ -122,7 +131,7 @@ def computed_in_vain(account: Account, hints: Hints) -> Iterator[Finding]:
                 "batch continuously: --policy equal-time",
             )  # fmt: skip
         again = seconds_of(replica, Cause.RECOMPUTE)
-        if share_of(replica, again) >= THRESHOLD and replica.short_of_kv_s * len(replica.devices) < again:
+        if share_of(replica, again) >= THRESHOLD and not _short_of_kv(replica):
             yield make_finding(
                 Cause.RECOMPUTE, replica_name(r), replica, again,
                 f"{again:.1f} s go into tokens computed a second time, and KV blocks were hardly ever short: requests "
@@ -146,10 +155,11 @@ def down(account: Account, hints: Hints) -> Iterator[Finding]:
     """Loading, lost, replanning."""
     for r, replica in account.replicas.items():
         lost = seconds_of(replica, Cause.DOWN)
-        share = replica.share(Cause.DOWN)
-        if share < THRESHOLD or (replica.down is None and account.since_s == 0.0 and share < 0.5):
+        share, loading = replica.share(Cause.DOWN), min(lost, replica.loading_s * len(replica.devices))
+        later = (lost - loading) / replica.wall_s if replica.wall_s else 0.0
+        if share < THRESHOLD or (replica.down is None and later < THRESHOLD and share < 0.5):
             continue  # loading at the start is told only where it is most of the window
-        why = replica.down or "it was loading or lost, and is up now"
+        why = replica.down or f"it was {'lost' if lost > 2 * loading else 'loading'}, and is up now"
         yield Finding(
             cause=Cause.DOWN.label, where=replica_name(r), share=share, lost_s=lost,
             evidence=f"down for {lost / len(replica.devices):.1f} s: {why}",

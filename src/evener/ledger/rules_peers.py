@@ -52,20 +52,19 @@ def straggler(account: Account, hints: Hints) -> Iterator[Finding]:
             yield make_finding(
                 Cause.STRAGGLER, stage_name(stage), stage, lost,
                 f"{waited} for {late}, which computes {names[late].compute_s:.1f} s where {waits} computes "
-                f"{names[waits].compute_s:.1f} s", _resplit(ranks, late),
+                f"{names[waits].compute_s:.1f} s", _resplit(ranks, late, stage.devices.index(late)),
             )  # fmt: skip
 
 
-def _resplit(ranks: list[DeviceAccount], late: str) -> str:
-    """Heads and columns in proportion to what each rank computes in a second."""
+def _resplit(ranks: list[DeviceAccount], late: str, at: int) -> str:
+    """Heads and columns in proportion to what each rank computes in a second; `at`: the rank that is late."""
     heads, ffn = sum(r.heads for r in ranks), sum(r.ffn for r in ranks)
     part = [r.heads / max(1, heads) + r.ffn / max(1, ffn) for r in ranks]
     speeds = [p / r.compute_s if r.compute_s else 0.0 for p, r in zip(part, ranks, strict=True)]
-    slow = min(range(len(ranks)), key=lambda k: speeds[k])
     others = "the other" if len(ranks) == 2 else "the others"
-    new_heads = size(split_by_weight(heads, speeds)[slow]) if heads else 0
-    new_ffn = size(split_by_weight(ffn, speeds, _COLUMNS if ffn % _COLUMNS == 0 else 1)[slow]) if ffn else 0
-    if new_heads == ranks[slow].heads and abs(new_ffn - ranks[slow].ffn) * 100 < ffn:
+    new_heads = size(split_by_weight(heads, speeds)[at]) if heads else 0
+    new_ffn = size(split_by_weight(ffn, speeds, _COLUMNS if ffn % _COLUMNS == 0 else 1)[at]) if ffn else 0
+    if new_heads == ranks[at].heads and abs(new_ffn - ranks[at].ffn) * 100 < ffn:
         return f"{late} arrives late although heads are split by speed: use fewer tensor-parallel ranks"
     return (
         f"{late} arrives late: give it {new_heads} of {heads} heads and {new_ffn} of {ffn} FFN columns, {others} more"

@@ -52,9 +52,14 @@ def _bound(account: Account) -> str:
     """Room for more traffic, or what a device-second buys."""
     total = account.total
     if not total.wall_ns:
+        if account.since_s > 0.0:
+            return "Nothing of this window is accounted for yet: a batch that began before it still runs."
         return "Nothing is recorded yet."
     running = [r for r in account.replicas.values() if asked(r) > 0]
     if not running:
+        open_ = [name for name, d in account.devices.items() if d.wall_s < account.window_s - 1e-9]
+        if open_:
+            return f"Nothing of this window is accounted for yet on {', '.join(open_)}: a batch still runs there."
         if down := total.causes_ns[Cause.DOWN]:  # whatever was asked for then was refused, and is not known here
             return (
                 f"Nothing was computed in {account.window_s:.0f} s, {down / total.wall_ns:.0%} of it loading or down."

@@ -35,7 +35,7 @@ def spread_items(mix: TrafficMix, longest: int, count: int = REQUESTS) -> tuple[
 
 def choose_layout(
     model: ModelSpec, cluster: Cluster, profile: Profile, mix: TrafficMix, memory: MemoryConfig, kv_bytes: Bytes | None,
-    max_num_seqs: int, policy: str,
+    max_num_seqs: int, policy: str, host_bytes: Bytes | None = None,
 ) -> tuple[Plan, str]:  # fmt: skip
     """The plan that serves the most of this mix, and why in one line. Raises InvalidPlan when nothing fits."""
     if len(cluster.devices) == 1:
@@ -44,6 +44,7 @@ def choose_layout(
     problem = Problem(
         model=model, cluster=cluster, profile=profile, demand=demand_of(items, cached=mix.cached), items=items,
         memory=memory, kv_bytes=kv_bytes, max_num_seqs=max_num_seqs, policy=policy, finite=True,
+        host_bytes=host_bytes,
     )  # fmt: skip
     choice = choose_plan(problem, trials=TRIALS, requests=REQUESTS)
     return choice.best.plan, headline(choice)

@@ -21,28 +21,35 @@ def goal_of(problem: Problem) -> str:
 
 
 def best_tried(problem: Problem, tried: Sequence[Tried]) -> Tried:
-    """The best plan. With bounds: most goodput. Under a rate: the shortest mean time among those that keep up.
+    """The best plan. With bounds: most goodput. Under a rate: the shortest mean time among those that keep up; where
+    any can serve the rate by the cost model, only such plans count, as a short sample does not show a queue that grows.
 
     Without either: the most output tokens per second. What is close in that is decided by mean time, or by capacity;
     what then is equal, by fewer devices and by name, so that the choice is the same every time.
     """
     assert tried, "nothing was tried"
-
-    top = max(first_merit(problem, t) for t in tried)
-    latency = problem.demand.rate is not None or bool(problem.bounds)
-    close = [t for t in tried if first_merit(problem, t) >= top * (1 - (CLOSE if latency else SAME))]
+    rate = problem.demand.rate
+    if rate is not None and not problem.finite:
+        tried = [t for t in tried if t.load.requests_s >= rate] or tried
+    # Where the sample is too small to fill the plan with the most rows, it says nothing of full plans.
+    filled = all(t.filled for t in tried)
+    top = max(first_merit(problem, t, filled) for t in tried)
+    latency = rate is not None or bool(problem.bounds)
+    close = [t for t in tried if first_merit(problem, t, filled) >= top * (1 - (CLOSE if latency else SAME))]
     if latency:
         return min(close, key=lambda t: (t.e2e.mean, len(t.plan.devices()), t.plan.devices()))
     return min(close, key=lambda t: (-t.load.tokens_s, len(t.plan.devices()), t.plan.devices()))
 
 
-def first_merit(problem: Problem, t: Tried) -> float:
-    """What is compared first; more is better."""
+def first_merit(problem: Problem, t: Tried, filled: bool = True) -> float:
+    """What is compared first; more is better. `filled`: the sample was large enough to fill every plan."""
     if problem.bounds:
         return t.goodput
     if problem.demand.rate is not None:
         return t.requests_s
-    return t.tokens_s if problem.finite else t.full_tokens_s
+    if problem.finite:
+        return t.tokens_s
+    return t.full_tokens_s if filled else t.load.tokens_s
 
 
 def shortlist(problem: Problem, scored: Sequence[Scored], count: int) -> list[Scored]:

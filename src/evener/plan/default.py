@@ -13,8 +13,9 @@ import numpy as np
 from msgspec import structs
 
 from evener.cost.base import BatchShape
+from evener.cost.device import DeviceCosts
 from evener.cost.rates import Profile, bind
-from evener.cost.roofline import DeviceCosts, RooflineCostModel
+from evener.cost.roofline import RooflineCostModel
 from evener.errors import InvalidPlan
 from evener.spec.cluster import Cluster, Device, Link
 from evener.spec.memory import MemoryConfig, block_bytes, weight_bytes, workspace_bytes

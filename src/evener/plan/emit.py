@@ -16,6 +16,8 @@ from evener.spec.plan import Replica, size
 Engine = Literal["vllm", "sglang"]
 ENGINES: tuple[Engine, ...] = ("vllm", "sglang")
 _DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_KV: dict[str, dict[Engine, str]] = {"fp8": {"vllm": "fp8", "sglang": "fp8_e4m3"}}
+"""KV dtypes that are not the weights' own, as the engines name them."""
 
 
 class Launch(Struct, frozen=True):
@@ -44,8 +46,13 @@ def _launch(engine: Engine, problem: Problem, tried: Tried, r: int, replica: Rep
     if len(sizes) > 1:
         reasons.append(f"its stages have {', '.join(map(str, sorted(sizes)))} shards; {engine} has one size for all")
     tp, pp = max(sizes), len(replica.stages)
-    if problem.model.heads % tp:
-        reasons.append(f"{problem.model.heads} query heads do not divide by {tp}")
+    spec = problem.model
+    if spec.heads % tp:
+        reasons.append(f"{spec.heads} query heads do not divide by {tp}")
+    if spec.kv_heads % tp and tp % spec.kv_heads:
+        reasons.append(f"{spec.kv_heads} KV heads and {tp} ranks do not divide one by the other")
+    if spec.ffn % tp:
+        reasons.append(f"{spec.ffn} FFN columns do not divide by {tp}")
     if problem.memory.dtype not in _DTYPE:
         reasons.append(f"dtype {problem.memory.dtype} needs a checkpoint quantised for {engine}")
     if reasons:
@@ -60,8 +67,13 @@ def _launch(engine: Engine, problem: Problem, tried: Tried, r: int, replica: Rep
     env = []
     if len(hosts) == 1:
         env.append("CUDA_VISIBLE_DEVICES=" + ",".join(str(d.index) for d in devices))
-    if max(layers) - min(layers) > 1 or (pp > 1 and layers != sorted(layers, reverse=True)):
+    if pp > 1:  # where a remainder goes by itself differs from engine to engine
         env.append(f"{engine.upper()}_PP_LAYER_PARTITION=" + ",".join(map(str, layers)))
+    kv = _KV.get(problem.memory.kv_dtype)
+    if kv is None and problem.memory.kv_dtype != problem.memory.dtype:
+        notes.append(
+            f"{engine} keeps KV in {problem.memory.dtype}, not {problem.memory.kv_dtype}: other room for tokens"
+        )
     rows, chunk = problem.max_num_seqs, tried.max_num_batched_tokens
     dtype = _DTYPE[problem.memory.dtype]
     if engine == "vllm":
@@ -81,6 +93,8 @@ def _launch(engine: Engine, problem: Problem, tried: Tried, r: int, replica: Rep
         if len(hosts) > 1:
             args.append(f"--nnodes {len(hosts)} --dist-init-addr {hosts[0]}:20000 --node-rank RANK")
             notes.append(f"run it on each of {', '.join(hosts)}, with RANK 0 to {len(hosts) - 1} in this order")
+    if kv is not None:
+        args.append(f"--kv-cache-dtype {kv[engine]}")
     if len(hosts) > 1:
         per_host = {h: sum(d.host == h for d in devices) for h in hosts}
         if len(set(per_host.values())) > 1:

@@ -137,8 +137,8 @@ class _Pool:
                     yield [groups[k] for k in order]
 
     def speed(self, pattern: Pattern) -> float:
-        """Sum of the devices' relative speeds."""
-        return sum(self.weight[u.kind] * u.size for u in pattern)
+        """Sum of the devices' relative speeds; never 0, also where no device alone holds a layer."""
+        return sum(self.weight[u.kind] * u.size for u in pattern) or 1.0
 
     def memory(self, pattern: Pattern) -> float:
         """Layers that the pattern could hold: how near it is to holding the model."""
@@ -166,7 +166,7 @@ def grow(pool: _Pool) -> list[Pattern]:
                 short.append((-pool.memory(pattern) / len(pattern), pattern))
         kept = [p for _, p in sorted(good)[:BEAM]]
         # Beside the best, some of each make-up of kinds: pure and mixed ones, and those that cannot hold the model yet.
-        kept += [p for p in _of_each(good, 3) if p not in kept] + _of_each(short, max(2, BEAM // 4))
+        kept += [p for p in _of_each(good, 3) if p not in kept][:BEAM] + _of_each(short, max(2, BEAM // 4))[: 2 * BEAM]
         following: set[Pattern] = set()
         for pattern in kept:
             for unit in sorts:

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from msgspec import Struct, structs
 
-from evener.cost.rates import hardware
+from evener.cost.rates import bind, hardware
+from evener.plan.alike import kinds_nearly
 from evener.plan.problem import Problem
 from evener.plan.search import Scored, search
 from evener.spec.cluster import Cluster, Device, Link
@@ -34,12 +35,12 @@ def one_more(problem: Problem, now: Scored) -> Iterator[Gain]:
 
 
 def like_devices(problem: Problem) -> list[list[Device]]:
-    """Devices that measure and declare the same, wherever they are."""
-    groups: dict[object, list[Device]] = {}
-    for d in problem.cluster.devices:
-        rates = next(p for p in problem.profile.devices if (p.hardware or p.name) == hardware(d))
-        key = (rates.alone, rates.together, d.slowdown, d.memory, d.kind)
-        groups.setdefault(key, []).append(d)
+    """Devices that declare the same and are as fast, wherever they are."""
+    devices = problem.cluster.devices
+    kinds = kinds_nearly(problem, bind(problem.profile, devices), devices)
+    groups: dict[int, list[Device]] = {}
+    for d in devices:
+        groups.setdefault(kinds[d.name], []).append(d)
     return list(groups.values())
 
 
@@ -61,9 +62,10 @@ def with_more(problem: Problem, counts: dict[str, int]) -> Problem:
             cores = tuple(at for _ in like.cores[:1])
             devices.append(structs.replace(like, name=new, host=host, index=at, cores=cores))
             profiles.append(structs.replace(known, name=new, hardware=new))
+            renamed = {name: new, like.host: host} if lonely else {name: new}
             for x in problem.cluster.links:
-                if name in (x.a, x.b):
-                    links.append(structs.replace(x, a=new if x.a == name else x.a, b=new if x.b == name else x.b))
+                if x.a in renamed or x.b in renamed:
+                    links.append(structs.replace(x, a=renamed.get(x.a, x.a), b=renamed.get(x.b, x.b)))
     return replace(
         problem,
         cluster=Cluster(tuple(devices), tuple(links)),

@@ -126,7 +126,9 @@ class Problem:
     items: tuple[Item, ...]
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(max_batch_tokens=2048))
     kv_bytes: Bytes | None = None
-    """Room for KV on a device that declares no memory; None: it must declare it."""
+    """Room for KV on a device of this host, or that declares no memory; None: it must declare it."""
+    host_bytes: Bytes | None = None
+    """What devices that declare no memory have together, for weights, activations and KV: the memory of this host."""
     max_num_seqs: int = 64
     finite: bool = False
     """The items are all there is to serve, not a sample of what comes: draining counts."""

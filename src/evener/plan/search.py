@@ -15,8 +15,9 @@ from evener.plan.problem import Problem
 from evener.plan.shortage import shortage
 from evener.plan.stages import Split, Stages
 from evener.spec.cluster import Device
-from evener.spec.memory import block_bytes, kv_blocks, weight_bytes, workspace_bytes
+from evener.spec.memory import block_bytes, kv_blocks, kv_limit, shares_memory, weight_bytes, workspace_bytes
 from evener.spec.plan import Plan, Replica, validate
+from evener.units import human_bytes
 
 SHORTLIST = 24
 """Plans scored exactly, for each of two orders of merit."""
@@ -40,6 +41,11 @@ def score(problem: Problem, plan: Plan) -> Scored:
     for r, replica in enumerate(plan.replicas):
         times, delay = plan_times(costs, r, len(replica.stages))
         capacities.append(replica_capacity(problem, times, plan_blocks(problem, replica), delay))
+    if (over := host_excess(problem, plan.replicas)) > 0:
+        raise InvalidPlan(
+            f"the workers of this host need {over} bytes more for weights and activations than the "
+            f"{human_bytes(problem.host_bytes or 0)} that are free; use fewer replicas, or a smaller dtype"
+        )
     return Scored(plan, plan_load(capacities, problem.demand.rate, problem.demand.output_tokens))
 
 
@@ -62,13 +68,30 @@ def _kv_shortage(problem: Problem, replica: Replica, need: int) -> int:
     for stage in replica.stages:
         for shard in stage.shards:
             per_block = block_bytes(shard, stage, problem.model, problem.memory)
-            declared = problem.cluster.device(shard.device).memory
-            room: int | None = problem.kv_bytes
-            if declared is not None:
-                room = declared - weight_bytes(shard, stage, problem.model, problem.memory.dtype) - workspace_bytes(
-                    shard, problem.model, problem.memory)  # fmt: skip
+            device = problem.cluster.device(shard.device)
+            room: int | None = kv_limit(device, problem.kv_bytes)
+            if device.memory is not None:
+                held = weight_bytes(shard, stage, problem.model, problem.memory.dtype)
+                room = device.memory - held - workspace_bytes(shard, problem.model, problem.memory)
             short += max(0, need * per_block - (room or 0))
     return short
+
+
+def host_excess(problem: Problem, replicas: Sequence[Replica]) -> int:
+    """Bytes that the devices of this host that declare no memory need beyond what the host has; 0 or less: it fits.
+
+    Of KV, one longest request a replica is counted: what is more, they get of what is left.
+    """
+    if problem.host_bytes is None:
+        return 0
+    model, memory, need = problem.model, problem.memory, -problem.host_bytes
+    for replica in replicas:
+        for stage in replica.stages:
+            for shard in stage.shards:
+                if shares_memory(problem.cluster.device(shard.device)):
+                    need += weight_bytes(shard, stage, model, memory.dtype) + workspace_bytes(shard, model, memory)
+                    need += problem.least_blocks() * block_bytes(shard, stage, model, memory)
+    return need
 
 
 _Found = dict[tuple[Replica, ...], tuple[Stages, tuple[Candidate, ...]]]
@@ -78,9 +101,12 @@ def _served(candidates: Sequence[Candidate]) -> float:
     return sum(c.capacity.requests_s for c in candidates)
 
 
-def _keep(found: _Found, stages: Stages, candidates: tuple[Candidate, ...]) -> None:
-    """With the price among the fewest workers that share hardware: that of others is too high for these."""
+def _keep(problem: Problem, found: _Found, stages: Stages, candidates: tuple[Candidate, ...]) -> None:
+    """What the host can hold, with the price among the fewest workers that share hardware: that of others is too high
+    for these."""
     key = tuple(c.replica for c in candidates)
+    if problem.host_bytes is not None and host_excess(problem, key) > 0:
+        return
     if key not in found or _served(candidates) > _served(found[key][1]):
         found[key] = (stages, candidates)
 
@@ -89,11 +115,12 @@ def search(problem: Problem) -> list[Scored]:
     """Plans worth a simulation, the one that serves the most first. Raises InvalidPlan when nothing fits."""
     found: _Found = {}
     for among in worker_sets(problem.cluster.devices):
-        stages = Stages(problem, among)
         names = [d.name for d in among]
-        plans = plans_of_few(problem, stages, names) if len(names) <= MOST_DEVICES else plans_of_many(problem, stages)
+        few = len(names) <= MOST_DEVICES
+        stages = Stages(problem, among, nearly=not few)
+        plans = plans_of_few(problem, stages, names) if few else plans_of_many(problem, stages)
         for candidates in plans:
-            _keep(found, stages, candidates)
+            _keep(problem, found, stages, candidates)
     if not found:
         raise InvalidPlan(shortage(problem))
     rate, tokens = problem.demand.rate, problem.demand.output_tokens
@@ -101,7 +128,7 @@ def search(problem: Problem) -> list[Scored]:
     known: dict[Stages, dict[object, tuple[Split, ...]]] = {}
     for stages, candidates in most:
         splits = known.setdefault(stages, {})
-        _keep(found, stages, tuple(refine(problem, stages, c, splits) for c in candidates))
+        _keep(problem, found, stages, tuple(refine(problem, stages, c, splits) for c in candidates))
     loads = [(plan_load([c.capacity for c in cs], rate, tokens), cs) for _, cs in found.values()]
     by_rate = sorted(range(len(loads)), key=lambda k: -loads[k][0].requests_s)
     by_time = sorted(range(len(loads)), key=lambda k: loads[k][0].e2e)

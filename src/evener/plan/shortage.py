@@ -9,7 +9,7 @@ from evener.plan.pipeline import build_replica
 from evener.plan.problem import Problem
 from evener.plan.stages import Group, Stages
 from evener.spec.cluster import Cluster
-from evener.spec.memory import block_bytes, weight_bytes, workspace_bytes
+from evener.spec.memory import block_bytes, kv_limit, shares_memory, weight_bytes, workspace_bytes
 from evener.units import Bytes, human_bytes
 
 STEPS = 16
@@ -25,7 +25,8 @@ def shortage(problem: Problem) -> str:
     kv = block_bytes(shard, stage, model, memory) * problem.least_blocks()
     devices = problem.cluster.devices
     declared = [d.memory for d in devices if d.memory is not None]
-    if problem.kv_bytes is not None and len(devices) * problem.kv_bytes < kv:
+    limits = [kv_limit(d, problem.kv_bytes) for d in devices]
+    if problem.kv_bytes is not None and None not in limits and len(devices) * problem.kv_bytes < kv:
         return (
             f"no plan fits: the KV of the longest request ({problem.demand.longest} tokens) needs {human_bytes(kv)}, "
             f"{len(devices)} devices have {human_bytes(problem.kv_bytes)} each for KV: "
@@ -38,6 +39,11 @@ def shortage(problem: Problem) -> str:
         f"{len(declared)} of {len(devices)} devices declare {human_bytes(sum(declared))} together"
     )
     remedy = "add memory or devices, or use a smaller dtype"
+    undeclared = [d for d in devices if shares_memory(d)]
+    if problem.host_bytes is not None and undeclared:
+        what += f", this host has {human_bytes(problem.host_bytes)} free for the other {len(undeclared)}"
+        lack = weights + kv + work - sum(declared) - problem.host_bytes
+        return f"{what}: {lack} bytes short; {remedy}" if lack > 0 else f"{what}, and no split fits; {remedy}"
     lack = weights + kv - sum(declared)
     if len(declared) == len(devices) and lack > 0:
         return f"{what}: {lack} bytes short; {remedy}"

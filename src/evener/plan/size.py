@@ -1,5 +1,6 @@
 """How many devices of a kind a rate and an objective take: the fewest that carry the traffic, kind by kind."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -69,6 +70,7 @@ def _carry(problem: Problem, requests: int) -> tuple[Tried | None, str]:
         return None, error.message
     rate = problem.demand.rate
     assert rate is not None
+    scored = [s for s in scored if s.load.requests_s >= rate] or scored[:1]
     if scored[0].load.requests_s < rate:
         return None, f"{len(problem.cluster.devices)} serve {scored[0].load.requests_s:.3g} of {rate:.3g} requests/s"
     items = sample(problem, 1, requests)
@@ -82,14 +84,20 @@ def _carry(problem: Problem, requests: int) -> tuple[Tried | None, str]:
 def copies(problem: Problem, like: Device, count: int) -> Problem:
     """The same problem on `count` devices like this one, hosts filled as they are in the cluster."""
     per_host = sum(
-        d.host == like.host and (d.memory, d.slowdown, d.kind) == (like.memory, like.slowdown, like.kind)
+        d.host == like.host
+        and (d.memory, d.slowdown, d.kind, d.peaks) == (like.memory, like.slowdown, like.kind, like.peaks)
         for d in problem.cluster.devices
     )
     if like.host == "localhost" and like.kind == "cpu":
         per_host = count  # cores of one machine; how many it has is the user's to say
     known = next(p for p in problem.profile.devices if (p.hardware or p.name) == hardware(like))
     inside = [x for x in problem.cluster.links if x.a == x.b == like.host]
-    across = [x for x in problem.cluster.links if x.a == x.b == "*"] or [BETWEEN_HOSTS]
+    across = [x for x in problem.cluster.links if x.a == x.b == "*"]
+    stated = [x for x in problem.cluster.links if like.host in (x.a, x.b) and x.a != x.b]
+    if stated:  # as between the host of the one that is copied and another; the fastest, where there are several
+        best = min(stated, key=lambda x: (x.delay, -(x.bandwidth or math.inf)))
+        across = [structs.replace(best, a="*", b="*")]
+    across = across or [BETWEEN_HOSTS]
     devices, profiles, links = [], [], list[Link]()
     for k in range(count):
         h, at = divmod(k, per_host)
@@ -104,4 +112,5 @@ def copies(problem: Problem, like: Device, count: int) -> Problem:
         problem,
         cluster=Cluster(tuple(devices), tuple(links)),
         profile=structs.replace(problem.profile, devices=tuple(profiles)),
+        host_bytes=None,  # how much memory such hosts have is the user's to say
     )

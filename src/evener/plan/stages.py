@@ -12,13 +12,14 @@ from typing import Literal, NamedTuple
 from msgspec import structs
 
 from evener.cost.base import BatchShape, CostModel
+from evener.cost.device import DeviceCosts
 from evener.cost.rates import Profile, bind
-from evener.cost.roofline import DeviceCosts
+from evener.plan.alike import kinds_exactly, kinds_nearly
 from evener.plan.default import FFN_UNIT, split_stage
 from evener.plan.problem import Problem
 from evener.spec.cluster import Device
 from evener.spec.links import Links
-from evener.spec.memory import block_bytes, weight_bytes, workspace_bytes
+from evener.spec.memory import block_bytes, kv_limit, shares_memory, weight_bytes, workspace_bytes
 from evener.spec.plan import Interval, Plan, Replica, Shard, Stage, head_unit, size, split_by_weight
 from evener.units import NS_PER_S
 
@@ -106,25 +107,20 @@ class StageOption:
 class Stages:
     """Prices groups of devices; `among` are the devices that work at the same time."""
 
-    def __init__(self, problem: Problem, among: Sequence[Device]) -> None:
+    def __init__(self, problem: Problem, among: Sequence[Device], nearly: bool = False) -> None:
+        """`nearly`: devices that are alike but for noise are of one kind, and priced as the first of it."""
         self.problem = problem
         self.among = tuple(among)
         self.profile: Profile = bind(problem.profile, among)
         self.devices = {d.name: d for d in among}
         self.order = {d.name: k for k, d in enumerate(among)}
         self._declared = Links(problem.cluster.links)
-        self._kinds: dict[object, int] = {}
-        self.kind = {d.name: self._kind_of(d) for d in among}
+        self.kind = kinds_nearly(problem, self.profile, among) if nearly else kinds_exactly(self.profile, among)
         """Devices of the same kind are interchangeable but for their links."""
         self._options: dict[object, StageOption | None] = {}
         self._cuts: dict[object, tuple[Shard, ...]] = {}
         self._costs = lru_cache(COST_MODELS)(lambda plan: problem.costs(plan, self.among))
         self._shape = problem.demand.settled(min(problem.max_num_seqs, 32))
-
-    def _kind_of(self, d: Device) -> int:
-        rates = structs.replace(self.profile.device(d.name), name="", hardware="", peers=())
-        key = (rates, d.memory)
-        return self._kinds.setdefault(key, len(self._kinds))
 
     def option(
         self, group: Group, *, first: bool, last: bool, onward: Group = (), by: Split = SPLITS[0]
@@ -186,9 +182,10 @@ class Stages:
             outside = weight_bytes(shard, none, model, memory.dtype)
             layer = weight_bytes(shard, one, model, memory.dtype) - outside
             block = block_bytes(shard, one, model, memory)
-            declared = self.devices[shard.device].memory
-            both = None if declared is None else declared - outside - workspace_bytes(shard, model, memory)
-            rooms.append(Room(both, problem.kv_bytes, layer, block))
+            device = self.devices[shard.device]
+            most = problem.host_bytes if shares_memory(device) else device.memory
+            both = None if most is None else most - outside - workspace_bytes(shard, model, memory)
+            rooms.append(Room(both, kv_limit(device, problem.kv_bytes), layer, block))
         return tuple(rooms)
 
     def _split_by_speed(

@@ -36,6 +36,8 @@ class Tried(Struct, frozen=True):
     plan: Plan
     load: Load
     requests: int
+    filled: bool
+    """They were enough to keep all rows of the plan filled for most of the time."""
     refused: int
     duration_s: float
     """From the first arrival to the last token."""
@@ -134,6 +136,7 @@ def _figures(
         plan=scored.plan,
         load=scored.load,
         requests=len(outcomes),
+        filled=len(outcomes) >= ROUNDS * sum(c.rows for c in scored.load.replicas),
         refused=len(outcomes) - len(done),
         duration_s=duration,
         tokens_s=float(tokens.sum()) / duration,

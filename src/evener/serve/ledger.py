@@ -54,7 +54,8 @@ class RequestView(Struct, frozen=True, kw_only=True):
     """Until its end, or until now."""
     ended: bool
     prompt_tokens: int
-    output_tokens: int
+    output_tokens: int | None
+    """Null while it runs."""
     preempted: int
     moved: int
     phases: list[PhaseView]
@@ -92,7 +93,7 @@ def router(front: Front) -> APIRouter:
             LedgerView(
                 **structs.asdict(account),
                 now_s=_s(kept, kept.now),
-                verdict=verdict(account),
+                verdict=verdict(account, front.engine.served().header.hints),
                 requests=await _requests(given, kept),
             )
         )

@@ -23,7 +23,7 @@ from evener.spec.model import ModelSpec
 from evener.spec.plan import Plan
 from evener.units import NS_PER_S, Nanoseconds, ns
 
-FORMAT = 1
+FORMAT = 2
 """Of the answer; raised with every change that an older reader would misunderstand."""
 PARAMETERS = {"window": "Requests that ended in the last so many seconds; without it, all that are kept."}
 

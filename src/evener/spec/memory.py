@@ -3,7 +3,7 @@
 from msgspec import Struct
 
 from evener.errors import InvalidPlan
-from evener.spec.cluster import Cluster
+from evener.spec.cluster import Cluster, Device
 from evener.spec.model import DTYPE_BYTES, QUANT_GROUP, ModelSpec, kv_token_bytes
 from evener.spec.plan import Replica, Shard, Stage, size
 from evener.units import Bytes, human_bytes
@@ -62,20 +62,30 @@ def workspace_bytes(shard: Shard, model: ModelSpec, config: MemoryConfig) -> Byt
     return Bytes(4 * (config.max_batch_tokens * row + 256 * size(shard.head_rows)))
 
 
+def kv_limit(device: Device, kv_bytes: Bytes | None) -> Bytes | None:
+    """What `kv_bytes` allows a device for KV; None: its declared memory alone decides."""
+    return kv_bytes if device.memory is None or device.host == "localhost" else None
+
+
+def shares_memory(device: Device) -> bool:
+    """It declares no memory of its own: with others like it, it has that of this host."""
+    return device.memory is None and device.host == "localhost"
+
+
 def kv_blocks(
     replica: Replica, model: ModelSpec, cluster: Cluster, config: MemoryConfig, kv_bytes: Bytes | None = None
 ) -> int:
     """KV blocks a replica can hold: the fewest over its shards, because every stage needs every block.
 
-    `kv_bytes` is the room for KV per device where a device declares no memory. Raises InvalidPlan with the
-    shortage in bytes when weights and workspace alone exceed a device's declared memory.
+    `kv_bytes` is the room for KV of each device of this host, and of any that declares no memory. Raises InvalidPlan
+    with the shortage in bytes when weights and workspace alone exceed a device's declared memory.
     """
     fewest: int | None = None
     for s, stage in enumerate(replica.stages):
         for shard in stage.shards:
             per_block = block_bytes(shard, stage, model, config)
-            declared = cluster.device(shard.device).memory
-            room = kv_bytes
+            device = cluster.device(shard.device)
+            declared, room = device.memory, kv_limit(device, kv_bytes)
             if declared is not None:
                 fixed = weight_bytes(shard, stage, model, config.dtype) + workspace_bytes(shard, model, config)
                 left = declared - fixed

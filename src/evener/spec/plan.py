@@ -56,6 +56,7 @@ class Replica(Struct, frozen=True, forbid_unknown_fields=True):
 
     stages: tuple[Stage, ...]
     role: Literal["both", "prefill", "decode"] = "both"
+    """Others than `both` have their place in the form; no scheduler serves them yet."""
 
     def devices(self) -> tuple[str, ...]:
         """Device names in stage order, then shard order."""
@@ -152,6 +153,10 @@ def validate(plan: Plan, model: ModelSpec, cluster: Cluster) -> None:
     for r, replica in enumerate(plan.replicas):
         if not replica.stages:
             raise InvalidPlan(f"replica {r} has no stage; give at least one")
+        if replica.role != "both":
+            raise InvalidPlan(
+                f"replica {r} has role {replica.role}: KV is not handed from prefill to decode replicas (yet); use both"
+            )
         _cover([s.layers for s in replica.stages], model.layers, "layers", f"replica {r}")
         for s, stage in enumerate(replica.stages):
             where = f"replica {r}, stage {s}"

@@ -21,7 +21,7 @@ from evener.execute.sim.body import Simulator
 from evener.execute.sim.traffic import Failure, SimRequest, SlowDown
 from evener.ledger.account import Account
 from evener.ledger.causes import Cause
-from evener.ledger.ledger import Ledger
+from evener.ledger.ledger import EVERYTHING, Ledger
 from evener.units import NS_PER_S, Nanoseconds
 from evener.workload import drive
 from evener.workload.rehearse import NO_SUMMARY, Rehearsal, fill_record
@@ -47,13 +47,19 @@ class Traffic(NamedTuple):
 def read_traffic(path: Path, skip: int = 0) -> Traffic:
     """The requests of a recording without the first `skip` (a warm-up), and the workers it lost.
 
+    Those that are skipped and ran meanwhile, and those whose end the recording does not have, are `around`.
     Raises InvalidInput when nothing is left, or the file is no recording.
     """
     log = read_log(path)
-    requests = list(log.requests)[skip:]
+    everyone = list(log.requests)
+    requests = [one for one in everyone[skip:] if one.ended is not None]
     if not requests:
-        raise InvalidInput(f"{path} has {len(log.requests)} requests, {skip} are skipped; nothing is left to compare")
-    return Traffic(log.header, requests, [Failure(*lost) for lost in log.lost])
+        cut = f", of the others {len(everyone[skip:])} have no end" if everyone[skip:] else ""
+        raise InvalidInput(f"{path} has {len(everyone)} requests, {skip} are skipped{cut}; nothing is left to compare")
+    start, last = requests[0].arrived, max(one.ended for one in requests if one.ended is not None)
+    around = [one for one in everyone[:skip] if one.ended is None or one.ended > start]
+    around += [one for one in everyone[skip:] if one.ended is None and one.arrived < last]
+    return Traffic(log.header, requests, [Failure(*lost) for lost in log.lost], around)
 
 
 def read_log(path: Path) -> ServedLog:
@@ -105,7 +111,7 @@ def predicted(
     everyone = sorted([*traffic.requests, *traffic.around], key=lambda one: one.arrived)
     zero = everyone[0].arrived
     before = start - zero
-    ledger = Ledger(header.plan, costs, start=Nanoseconds(0), work=recorded_work(header))
+    ledger = Ledger(header.plan, costs, start=Nanoseconds(0), work=recorded_work(header), keep=EVERYTHING)
     brain = Brain(header.plan, header.kv_blocks, costs, header.brain, journal=ledger)
     around = {id(one) for one in traffic.around}
     todo = [_again(one, zero, end if id(one) in around else None, header.brain.block_tokens) for one in everyone]

@@ -10,7 +10,8 @@ from evener.api import EngineOptions, Prepared, describe, prepare
 from evener.errors import InvalidInput
 from evener.execute.sim.figures import SimReport
 from evener.ledger.account import Account
-from evener.ledger.verdict import Hints, Verdict, verdict
+from evener.ledger.finding import hints_of
+from evener.ledger.verdict import Verdict, verdict
 from evener.model.source import open_model
 from evener.workload.rehearse import Rehearsal, run_live, simulate
 from evener.workload.report import Report
@@ -127,9 +128,10 @@ def compare(
 def _compared(case: Case, prepared: Prepared, runs: list[Rehearsal]) -> Compared:
     speeds = [r.report.output_tok_s for r in runs]
     typical = runs[speeds.index(median_low(speeds))]
+    given = prepared.options
     return Compared(
         name=case.name, live=typical.live, plan=prepared.plan.name, layout=tuple(describe(prepared.plan)),
         policy=prepared.options.policy, router=prepared.options.router, report=typical.report,
         account=typical.account, output_tok_s=tuple(speeds),
-        verdict=verdict(typical.account, Hints(kv_bytes_per_token=prepared.model.kv_bytes_per_token())),
+        verdict=verdict(typical.account, hints_of(prepared.model, given.kv_dtype or given.dtype, given.max_num_seqs)),
     )  # fmt: skip

@@ -34,7 +34,8 @@ class Record(Struct):
     """Output tokens asked for."""
     scheduled_s: float
     """Open loop: when it should have been sent. Closed loop: when its turn came."""
-    sent_s: float = 0.0
+    sent_s: float | None = None
+    """None: it never was."""
     ended_s: float = 0.0
     chunk_s: list[float] = field(default_factory=list)
     """Arrival times of the pieces of the answer; a piece is one token unless the server joins several."""

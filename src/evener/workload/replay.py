@@ -16,7 +16,7 @@ from evener.engine.events import Command, IssueBatch
 from evener.errors import InvalidInput
 from evener.execute.live.record import Entry, Kept, Timing, read_record
 from evener.execute.served import Header
-from evener.ledger.ledger import Ledger
+from evener.ledger.ledger import EVERYTHING, Ledger
 from evener.units import NS_PER_S
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -73,14 +73,8 @@ def recorded_costs(header: Header) -> CostModel:
         )
     return RooflineCostModel(
         header.model, header.plan, bind(recorded_profile(header), header.cluster.devices), made_of["version"],
-        dtype=made_of["dtype"], kv_dtype=recorded_kv_dtype(header), links=header.cluster.links,
+        dtype=made_of["dtype"], kv_dtype=header.kv_dtype, links=header.cluster.links,
     )  # fmt: skip
-
-
-def recorded_kv_dtype(header: Header) -> str:
-    """Of the run's KV cache. Recordings made before it could differ from the weights' do not say it."""
-    said: str = header.costs.get("kv_dtype") or header.costs["dtype"]
-    return said
 
 
 def recorded_profile(header: Header) -> Profile:
@@ -91,7 +85,7 @@ def recorded_profile(header: Header) -> Profile:
 def recorded_work(header: Header) -> PlanWork:
     """Operations and bytes of batches, to set the ledger's compute beside the peak."""
     profile = bind(recorded_profile(header), header.cluster.devices)
-    return PlanWork(header.model, header.plan, profile, header.costs["dtype"], recorded_kv_dtype(header))
+    return PlanWork(header.model, header.plan, profile, header.costs["dtype"], header.kv_dtype)
 
 
 def replay(path: Path) -> Replayed:
@@ -101,7 +95,7 @@ def replay(path: Path) -> Replayed:
     """
     header, kept = open_recording(path)
     costs = recorded_costs(header)
-    ledger = Ledger(header.plan, costs, start=header.started, work=recorded_work(header))
+    ledger = Ledger(header.plan, costs, start=header.started, work=recorded_work(header), keep=EVERYTHING)
     brain = Brain(header.plan, header.kv_blocks, costs, header.brain, journal=ledger)
     steps = batches = spans = 0
     last = header.started

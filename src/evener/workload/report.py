@@ -53,8 +53,11 @@ class Report(Struct, frozen=True):
     short_outputs: int
     """Completed with fewer output tokens than asked for."""
     tokens_per_chunk: float | None
+    open_loop: bool
+    """Requests are sent when they are due; otherwise as earlier ones end."""
     arrival_req_s: float | None
-    """Achieved: (sent - 1) / (last sent - first sent)."""
+    """Achieved: (sent - 1) / (last sent - first sent). None in a closed loop, where the answers set the pace, and where
+    all are sent at once."""
     lateness_ms: Summary
     """Sent minus scheduled, open loop only: large values mean that the client, not the server, was the limit."""
     client_cpu_s: float
@@ -79,7 +82,8 @@ def make_report(run: Run, slo: Slo | None = None) -> Report:
     chunks = sum(len(r.chunk_s) for r in done)
     slo = slo or Slo()
     good = sum(slo.met(_ttft_ms(r), _tpot_ms(r), _e2e_ms(r)) for r in done)
-    sent = sorted(r.sent_s for r in run.records if r.sent_s > 0)
+    sent = sorted(r.sent_s for r in run.records if r.sent_s is not None)
+    waits = any(r.scheduled_s != run.records[0].scheduled_s for r in run.records)
     examples: dict[str, str] = {}
     for r in failed:
         examples.setdefault(str(r.failure), r.detail)
@@ -101,8 +105,11 @@ def make_report(run: Run, slo: Slo | None = None) -> Report:
         failure_examples=examples,
         short_outputs=sum(r.output_tokens < r.asked_tokens for r in done),
         tokens_per_chunk=output / chunks if chunks else None,
-        arrival_req_s=_rate(sent),
-        lateness_ms=summarise((r.sent_s - r.scheduled_s) * 1e3 for r in run.records if run.open_loop and r.sent_s > 0),
+        open_loop=run.open_loop,
+        arrival_req_s=_rate(sent) if run.open_loop and waits else None,
+        lateness_ms=summarise(
+            (r.sent_s - r.scheduled_s) * 1e3 for r in run.records if run.open_loop and r.sent_s is not None
+        ),
         client_cpu_s=run.client_cpu_s,
     )
 

@@ -60,6 +60,7 @@ def _traced(values: dict[str, str]) -> Arrivals:
         trace = trace.first(int(_number(values, "requests", 1, whole=True)))
     if "context" in values:
         trace = trace.within(int(_number(values, "context", 2, whole=True)))
+    trace = trace.from_zero()
     if "scale" in values:
         trace = trace.at_rate(_number(values, "scale", 0))
     rate = trace.mean_rate()

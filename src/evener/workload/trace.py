@@ -35,6 +35,11 @@ class Trace(Struct, frozen=True):
             raise InvalidTrace(f"cannot take the first {n} requests of a trace; ask for at least 1")
         return Trace(self.rows[:n])
 
+    def from_zero(self) -> "Trace":
+        """The same, with the first arrival at 0: a slice of a longer trace begins when it is replayed."""
+        zero = self.rows[0].arrival_s
+        return Trace(tuple(replace(r, arrival_s=r.arrival_s - zero) for r in self.rows)) if zero else self
+
     def at_rate(self, factor: float) -> "Trace":
         """The same requests `factor` times as fast: arrival times are divided by it. Lengths stay."""
         if not (math.isfinite(factor) and factor > 0):

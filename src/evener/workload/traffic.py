@@ -89,7 +89,7 @@ def _trace(t: Traffic, path: Path, replayed: bool) -> Trace:
         trace = trace.first(t.requests)
     if t.context is not None:
         trace = trace.within(t.context)
-    return trace.at_rate(t.rate_scale)
+    return trace.from_zero().at_rate(t.rate_scale)
 
 
 def _prompts(t: Traffic) -> Prompts:

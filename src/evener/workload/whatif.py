@@ -9,7 +9,7 @@ from evener.plan.capacity import default_chunk
 from evener.spec.memory import MemoryConfig, block_bytes, kv_blocks
 from evener.spec.plan import Plan, validate
 from evener.units import Bytes
-from evener.workload.replay import recorded_costs, recorded_kv_dtype
+from evener.workload.replay import recorded_costs
 
 
 def with_plan(header: Header, plan: Plan) -> Header:
@@ -49,7 +49,7 @@ def _chunk(header: Header) -> int:
 
 def _memory(header: Header, chunk: int) -> MemoryConfig:
     return MemoryConfig(
-        dtype=header.costs["dtype"], kv_dtype=recorded_kv_dtype(header), block_tokens=header.brain.block_tokens,
+        dtype=header.costs["dtype"], kv_dtype=header.kv_dtype, block_tokens=header.brain.block_tokens,
         max_batch_tokens=chunk + header.brain.max_num_seqs,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from evener.execute.served import Header
 from evener.ledger.spans import Span
 from evener.units import Nanoseconds
 
-FORMAT = 2
+FORMAT = 3
 """Of the file; raised with every change that an older reader would misunderstand."""
 
 

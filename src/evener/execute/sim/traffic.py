@@ -29,6 +29,11 @@ class SlowDown(Struct, frozen=True):
     device: str
     at: Nanoseconds
     factor: float
+    """1 or more."""
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1.0:
+            raise ValueError(f"slow-down of {self.device} by {self.factor}: it must be 1 or more")
 
 
 class Outcome(Struct):

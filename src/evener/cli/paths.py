@@ -1,0 +1,16 @@
+"""Files that a command is told to write: refused before minutes are spent on what cannot be kept."""
+
+from pathlib import Path
+
+from evener.errors import InvalidInput
+
+
+def check_folder(path: Path | None, option: str) -> None:
+    """Raise InvalidInput unless a file of this name could be made."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise InvalidInput(f"{option} {path}: there is no directory {folder}; make it first")
+    if path.is_dir():
+        raise InvalidInput(f"{option} {path} is a directory; name a file in it")
