@@ -8,13 +8,13 @@ from msgspec import structs
 
 from evener.cost.base import BatchShape, CostModel
 from evener.cost.device import ATTENTION_OPS, CHUNK_OPS, EMBED_OPS, FFN_OPS, HEAD_OPS
-from evener.cost.rates import Collective, DeviceProfile, GemmRates, Profile, Rates, any_kv, bind, default_profile
+from evener.cost.rates import LATE, Collective, DeviceProfile, GemmRates, Profile, Rates, any_kv, bind, default_profile
 from evener.cost.roofline import RooflineCostModel
 from evener.cost.stage import MAX_ROWS
 from evener.errors import InvalidDevice, InvalidInput
 from evener.spec.cluster import Link, parse_device
 from evener.spec.model import ModelSpec
-from evener.spec.plan import Plan, Replica, Shard, Stage
+from evener.spec.plan import Plan, Replica, Shard, Stage, split_even
 from evener.units import Seconds
 
 TINY = ModelSpec("llama", vocab=1000, hidden=64, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=128, max_position=64)
@@ -206,3 +206,19 @@ def test_monotone_in_every_field(counts: dict[str, int], field: str, more: int) 
 def test_an_empty_shape_costs_nothing() -> None:
     for costs in MODELS:
         assert costs.batch_ns(0, BatchShape()) == costs.latency_ns(0, BatchShape()) == 0
+
+
+def test_slowed_workers_of_one_replica_on_one_core_wait_for_each_other() -> None:
+    """As replicas they use each other's pauses; in one replica every sum finds the other asleep or at work."""
+    devices = [parse_device(t) for t in ("cpu:0,slowdown=2", "cpu:0#1,slowdown=4", "cpu:1,slowdown=2")]
+    known = default_profile(devices)
+    shape = BatchShape(decode_rows=8, decode_context=800, sampled_rows=8)
+
+    def busy_ns(*names: str) -> int:
+        parts = [split_even(n, len(names)) for n in (SMOL.heads, SMOL.ffn, SMOL.vocab, SMOL.vocab)]
+        shards = tuple(Shard(n, *cut) for n, *cut in zip(names, *parts, strict=True))
+        costs = RooflineCostModel(SMOL, Plan((Replica((Stage((0, 30), shards),)),)), known)
+        return max(t.compute for t in costs.shards_ns(0, 0, shape))
+
+    apart, shared = busy_ns("cpu:1", "cpu:0#1"), busy_ns("cpu:0", "cpu:0#1")
+    assert shared == pytest.approx(LATE * apart, rel=0.01)

@@ -25,6 +25,10 @@ COLD = 1.2
 """How much longer a slowed worker computes that shares its core: it sleeps between its turns and finds caches cold,
 where one with a core to itself keeps it. Assumed; seen: 1.1 at a slow-down of 2, 1.25 at 4."""
 
+LATE = 1.35
+"""How much longer still where such workers are of one replica, and every sum or message finds the other asleep or at
+work. Assumed; seen on two machines: 1.34 and 1.36."""
+
 Floats = NDArray[np.float64]
 
 

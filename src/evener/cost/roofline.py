@@ -17,7 +17,7 @@ import numpy as np
 
 from evener.cost.base import BatchShape, DecodeRun, ShardTime, stepwise_run
 from evener.cost.device import DeviceCosts
-from evener.cost.rates import DeviceProfile, Profile
+from evener.cost.rates import LATE, DeviceProfile, Profile
 from evener.cost.stage import OwnTimes, StageTables, shards_ns, stage_ns, steps_of
 from evener.spec.cluster import Link
 from evener.spec.links import Links
@@ -47,6 +47,9 @@ class RooflineCostModel:
             name: costs_of(profile.device(name), model, alone=alone, dtype=dtype, kv_dtype=kv_dtype)
             for name in plan.devices()
         }
+        for replica in plan.replicas:
+            for name in _waiting_on_one_core(replica, profile):
+                costs[name].stretch *= LATE
         shared: dict[Any, StageTables] = {}
         declared = Links(links)
         self._replicas = [_replica_tables(replica, costs, profile, declared, shared) for replica in plan.replicas]
@@ -129,6 +132,13 @@ class RooflineCostModel:
             model, self.plan, profile(given), version, dtype=dtype, kv_dtype=kv_dtype, links=links,
             measured_error=measured_error, costs_of=costs,
         )  # fmt: skip
+
+
+def _waiting_on_one_core(replica: Replica, profile: Profile) -> list[str]:
+    """Slowed workers that share hardware with another of their replica."""
+    names = replica.devices()
+    at = [profile.device(n).hardware or n for n in names]
+    return [n for n, where in zip(names, at, strict=True) if at.count(where) > 1 and profile.device(n).slowdown > 1]
 
 
 def _replica_tables(
