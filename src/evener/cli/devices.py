@@ -22,6 +22,9 @@ def devices(
         typer.Option("--devices", help="cpu:0, cpu:0-7, cuda:0, cpu:1,slowdown=2; repeat. Default: all of this host."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer points, about half the time.")] = False,
+    times: Annotated[
+        int, typer.Option(min=1, max=20, help="Measure so often and keep the best of each figure: on a shared host.")
+    ] = 1,
     stored: Annotated[bool, typer.Option("--stored", help="Show what was measured before; measure nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print only JSON.")] = False,
     write: Annotated[Path | None, typer.Option(help="Write the profile to this file as well.")] = None,
@@ -38,7 +41,7 @@ def devices(
             raise InvalidDevice(f"device {d.name} is named twice; name a second worker on it, like {d.name}#1")
         seen.add(d.name)
     cluster = Cluster(tuple(chosen))
-    profile = _stored(cluster) if stored else _measure(cluster, quick, silent=as_json)
+    profile = _stored(cluster) if stored else _measure(cluster, quick, times, silent=as_json)
     if write is not None:
         try:
             save_profile(profile, write)
@@ -60,12 +63,13 @@ def _stored(cluster: Cluster) -> Profile:
     return profile
 
 
-def _measure(cluster: Cluster, quick: bool, silent: bool) -> Profile:
+def _measure(cluster: Cluster, quick: bool, times: int, silent: bool) -> Profile:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=silent) as bar:
         task = bar.add_task("starting", total=None)
         return measure(
             cluster,
             quick=quick,
+            times=times,
             progress=lambda what, done, steps: bar.update(task, description=what, completed=done, total=steps),
         )

@@ -38,6 +38,7 @@ from evener.profile.items import (
     Setup,
 )
 from evener.profile.process import ProbeProcess
+from evener.profile.quiet import quietest
 from evener.profile.store import save_profile
 from evener.spec.cluster import Cluster, Device
 
@@ -51,9 +52,12 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is measured, steps done, steps in all)."""
 
 
-def measure(cluster: Cluster, quick: bool = False, keep: bool = True, progress: Progress | None = None) -> Profile:
+def measure(
+    cluster: Cluster, quick: bool = False, keep: bool = True, progress: Progress | None = None, times: int = 1
+) -> Profile:
     """Measure the hardware of a cluster in seconds; `quick` takes fewer points. `keep` stores the result.
 
+    `times`: measure so often, and keep the best of each figure: for hosts that others use at times.
     The profile is bound to the cluster's workers (declared slow-downs, shared cores). What cannot be measured is
     assumed and named in `missing`. Raises InvalidDevice for what is not here, WorkerLost when a probe dies.
     """
@@ -64,7 +68,7 @@ def measure(cluster: Cluster, quick: bool = False, keep: bool = True, progress: 
     if remote:
         raise InvalidDevice(f"device {remote[0]} is on another host; run `evener devices` there")
     units = list({hardware(d): d for d in cluster.devices}.values())
-    raw = _Run(units, quick, progress or (lambda what, done, steps: None)).measure()
+    raw = quietest([_Run(units, quick, progress or (lambda what, done, steps: None)).measure() for _ in range(times)])
     if keep:
         save_profile(raw)
     return bind(raw, cluster.devices)
