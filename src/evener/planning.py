@@ -12,9 +12,10 @@ from evener.errors import InvalidDevice, InvalidInput
 from evener.model.shapes import model_shape
 from evener.model.source import open_model
 from evener.plan.planner import Choice, choose_plan
-from evener.plan.problem import Bounds, Item, Problem, demand_of
+from evener.plan.problem import Bounds, CostFactory, Item, Problem, demand_of
 from evener.plan.trial import Progress
 from evener.profile import load_cluster, local_devices, profile_of
+from evener.profile.costs import costs_of
 from evener.spec.cluster import Cluster, Device, parse_device, parse_size
 from evener.spec.memory import MemoryConfig, shares_memory
 from evener.spec.model import DTYPE_BYTES, ModelSpec, quant_group
@@ -47,6 +48,8 @@ class PlanOptions(Struct, frozen=True, kw_only=True):
     max_num_seqs: int | None = None
     """None: 64 on CPUs, 256 on GPUs."""
     policy: str = "equal-time"
+    costs: str = "rates"
+    """`rates`: measured here, published or assumed; `tables`: measured operators of GPUs (the extra `tables`)."""
 
 
 def make_plan(
@@ -105,6 +108,7 @@ def make_problem(options: PlanOptions) -> Problem:
         max_num_seqs=rows,
         bounds=parse_bounds(options.slo),
         policy=options.policy,
+        factory=_factory(options.costs, dtype, kv_dtype),
     )
 
 
@@ -115,6 +119,15 @@ def parse_bounds(text: str | None) -> Bounds:
     slo = parse_slo(text)
     given = (slo.ttft_ms, slo.tpot_ms, slo.e2e_ms)
     return Bounds(*(None if v is None else Seconds(v / 1e3) for v in given))
+
+
+def _factory(how: str, dtype: str, kv_dtype: str) -> CostFactory | None:
+    """What makes cost models of plans; None: the rates of the profile."""
+    if how == "rates":
+        return None
+    if how != "tables":
+        raise InvalidInput(f"--costs {how!r} is not one of rates, tables")
+    return lambda model, plan, cluster: costs_of(model, plan, cluster, "tables", dtype=dtype, kv_dtype=kv_dtype)
 
 
 def _model(name: str | None) -> ModelSpec:

@@ -67,6 +67,8 @@ class SimulateOptions(Struct, frozen=True, kw_only=True):
     max_queue: int | None = None
     """None: no limit."""
     policy: str = "equal-time"
+    costs: str = "rates"
+    """As for `evener plan`."""
     router: str = "least-work"
     max_tokens: int | None = None
     """What requests ask for; answers end where the traffic says. None: they ask for just that, as in `evener bench`."""

@@ -9,7 +9,7 @@ from msgspec import structs
 from evener.cost.base import BatchShape, CostModel
 from evener.cost.device import ATTENTION_OPS, CHUNK_OPS, EMBED_OPS, FFN_OPS, HEAD_OPS
 from evener.cost.rates import LATE, Collective, DeviceProfile, GemmRates, Profile, Rates, any_kv, bind, default_profile
-from evener.cost.roofline import RooflineCostModel
+from evener.cost.roofline import RooflineCostModel, waiting_on_one_core
 from evener.cost.stage import MAX_ROWS
 from evener.errors import InvalidDevice, InvalidInput
 from evener.spec.cluster import Link, parse_device
@@ -222,3 +222,21 @@ def test_slowed_workers_of_one_replica_on_one_core_wait_for_each_other() -> None
 
     apart, shared = busy_ns("cpu:1", "cpu:0#1"), busy_ns("cpu:0", "cpu:0#1")
     assert shared == pytest.approx(LATE * apart, rel=0.01)
+
+
+def test_a_device_that_a_trial_plan_names_twice_does_not_wait_for_itself() -> None:
+    """The search prices stages in plans that repeat devices, over two replicas and within one."""
+    devices = [parse_device("cpu:0,slowdown=2"), parse_device("cpu:1,slowdown=2"), parse_device("cpu:1#1,slowdown=2")]
+    known = default_profile(devices)
+
+    def stages(*names: str) -> Replica:
+        return Replica(tuple(Stage((k, k + 1), (Shard(n, (0, 9), (0, 1536)),)) for k, n in enumerate(names)))
+
+    twice = Plan((stages("cpu:0", "cpu:0"), stages("cpu:0", "cpu:0")))
+    assert waiting_on_one_core(twice, known) == set()
+    assert waiting_on_one_core(Plan((stages("cpu:1"), stages("cpu:1#1"))), known) == set()
+    both = Plan((stages("cpu:1", "cpu:1#1"), stages("cpu:1", "cpu:1#1")))
+    assert waiting_on_one_core(both, known) == {"cpu:1", "cpu:1#1"}
+    once = RooflineCostModel(SMOL, Plan(both.replicas[:1]), known)
+    shape = BatchShape(decode_rows=8, decode_context=800, sampled_rows=8)
+    assert RooflineCostModel(SMOL, both, known).stage_ns(1, 0, shape) == once.stage_ns(0, 0, shape)

@@ -162,6 +162,8 @@ def test_refusals(folder: Path, options: dict[str, object], error: type[EvenerEr
         (("--size", "--plot", "front.png"), "--size answers with numbers of devices"),
         (("--emit", "vllm", "--assess", "tp=1"), "--emit prints commands for the chosen plan"),
         (("--emit", "ray"), "is not one of vllm, sglang"),
+        (("--costs", "magic"), "--costs 'magic' is not one of rates, tables"),
+        (("--costs", "tables"), "device cpu:0: no measured operators for it; there are some for"),
         (("--output", "/nowhere/plan.yaml"), "there is no directory /nowhere"),
     ],
 )

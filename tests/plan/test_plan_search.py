@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 from tests.plan.problems import TINY, Situation, best_of_all, make_problem, random_situation, with_slowdown
 
-from evener.cost.rates import DeviceProfile
+from evener.cost.rates import DeviceProfile, default_profile
 from evener.errors import InvalidPlan
 from evener.plan.default import equal_plan
 from evener.plan.few import ordered_groups
@@ -18,6 +18,7 @@ from evener.plan.pipeline import build_replica, deal_layers
 from evener.plan.problem import Problem
 from evener.plan.search import Scored, describe_shape, host_excess, score, search
 from evener.plan.stages import Stages
+from evener.spec.cluster import Cluster, parse_device
 from evener.spec.memory import kv_blocks
 from evener.spec.plan import size, validate
 from evener.units import Bytes
@@ -198,6 +199,24 @@ def test_measured_devices_that_differ_by_noise_are_of_one_kind() -> None:
     found = search(problem)[0]
     assert len(found.plan.devices()) == 16
     assert any(len(s.shards) > 1 for scored in search(problem) for r in scored.plan.replicas for s in r.stages)
+
+
+def test_a_stage_is_priced_by_who_shares_a_core() -> None:
+    """Groups of the same kinds of workers, once on two cores and once on one: slowed ones that share wait."""
+    devices = [parse_device(f"{n},slowdown=2") for n in ("cpu:0", "cpu:0#1", "cpu:1", "cpu:1#1")]
+    problem = make_problem(Situation((1.0,) * 4, (None,) * 4, 64, 32, 8), simple=False)
+    problem = replace(problem, cluster=Cluster(tuple(devices)), profile=default_profile(devices))
+    shape = problem.demand.settled(8)
+
+    def layer_ns(stages: Stages, *group: str) -> int:
+        option = stages.option(group, first=False, last=True)
+        assert option is not None
+        return option.times(shape)[1]
+
+    for first in (("cpu:0", "cpu:1"), ("cpu:0", "cpu:0#1")):  # whichever is priced first
+        stages = Stages(problem, devices)
+        layer_ns(stages, *first)
+        assert layer_ns(stages, "cpu:0", "cpu:0#1") > 1.2 * layer_ns(stages, "cpu:0", "cpu:1")
 
 
 def test_weights_count_where_no_memory_is_declared() -> None:

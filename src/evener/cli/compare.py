@@ -66,6 +66,8 @@ def compare(
     if cluster is not None:
         if live:
             raise InvalidInput("--live starts engines on this host; leave out --cluster, or --live")
+        if rounds != 1:
+            raise InvalidInput(f"--rounds {rounds}: a simulation repeats itself exactly; leave it out, or add --live")
         results = compare_elsewhere(listed, cluster, traffic, slo, progress)
     else:
         requests = requests_of(parse_traffic(traffic))

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from evener.cli.shared_options import device_names
 from evener.cost.rates import Profile
 from evener.errors import InvalidDevice, InvalidInput
 from evener.profile import load_profile, local_devices, measure, profile_path, save_profile
@@ -19,7 +20,12 @@ def devices(
     names: Annotated[list[str] | None, typer.Argument(help="Devices, like --devices.", show_default=False)] = None,
     device_options: Annotated[
         list[str] | None,
-        typer.Option("--devices", help="cpu:0, cpu:0-7, cuda:0, cpu:1,slowdown=2; repeat. Default: all of this host."),
+        typer.Option(
+            "--devices",
+            "--device",
+            help="cpu:0, cpu:0-7, cuda:0, cpu:1,slowdown=2. Repeatable, or separated by spaces.",
+            show_default="all of this host",
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer points, about half the time.")] = False,
     times: Annotated[
@@ -33,7 +39,9 @@ def devices(
 
     Each device is measured alone and then all at once, since devices that share memory slow each other down.
     """
-    asked = [*(device_options or []), *(names or [])]
+    if stored and (quick or times > 1):
+        raise InvalidInput("--stored measures nothing; leave out --quick and --times")
+    asked = device_names([*(device_options or []), *(names or [])])
     chosen = [parse_device(text) for text in asked] if asked else local_devices()
     seen: set[str] = set()
     for d in chosen:

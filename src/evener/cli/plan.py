@@ -39,6 +39,7 @@ def plan(
     kv_cache_memory: shared_options.KvCacheMemory = None,
     max_num_seqs: shared_options.MaxNumSeqs = None,
     policy: shared_options.Policy = "equal-time",
+    costs: shared_options.Costs = "rates",
     requests: Annotated[int, typer.Option(min=8, help="Requests to simulate, at most.")] = 400,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here (YAML).")] = None,
     assess: Annotated[
@@ -102,6 +103,7 @@ def plan(
         kv_cache_memory=kv_cache_memory,
         max_num_seqs=max_num_seqs,
         policy=policy,
+        costs=costs,
     )
     for path, option in ((output, "--output"), (plot, "--plot")):
         check_folder(path, option)

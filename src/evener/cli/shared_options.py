@@ -37,6 +37,13 @@ MaxNumSeqs = Annotated[
         "--max-num-seqs", min=1, help="Sequences at once, per replica.", show_default="64 on CPUs, 256 on GPUs"
     ),
 ]
+Costs = Annotated[
+    str,
+    typer.Option(
+        "--costs", help="rates (measured here, published or assumed) or tables (measured operators of GPUs; the extra "
+        "`tables`).",
+    ),
+]  # fmt: skip
 Policy = Annotated[str, typer.Option("--policy", help="equal-time, fcfs or static.")]
 
 

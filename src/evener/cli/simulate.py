@@ -48,6 +48,7 @@ def simulate(
         int | None, typer.Option(min=0, help="Waiting requests; one more is refused.", show_default="no limit")
     ] = None,
     policy: shared_options.Policy = "equal-time",
+    costs: shared_options.Costs = "rates",
     router: Annotated[str, typer.Option(help="least-work, least-requests or round-robin.")] = "least-work",
     max_tokens: Annotated[
         int | None,
@@ -70,8 +71,9 @@ def simulate(
         tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size,
         data_parallel_size=data_parallel_size, split=split, traffic=traffic, slo=slo, dtype=dtype, kv_dtype=kv_dtype,
         kv_cache_memory=kv_cache_memory, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-        max_queue=max_queue, policy=policy, router=router, max_tokens=max_tokens, static_batch=static_batch,
-        static_wait_s=static_wait_s, host_us=host_us, fail=tuple(fail or ()), slow=tuple(slow or ()), ledger=ledger,
+        max_queue=max_queue, policy=policy, costs=costs, router=router, max_tokens=max_tokens,
+        static_batch=static_batch, static_wait_s=static_wait_s, host_us=host_us, fail=tuple(fail or ()),
+        slow=tuple(slow or ()), ledger=ledger,
     )  # fmt: skip
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=as_json, refresh_per_second=2) as bar:

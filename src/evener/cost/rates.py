@@ -140,6 +140,8 @@ class DeviceProfile(Struct, frozen=True):
     """Workers on the same core or GPU, this one included."""
     crowding: float = 1.0
     """By how much they lengthen its compute times: the time of the hardware it asks for over what it gets."""
+    late: float = 1.0
+    """By how much it computes longer where it and another of its replica on the same hardware wait for each other."""
     peaks: Peaks | None = None
     """Published, where the rates are what is assumed to be reached of them."""
 
@@ -151,7 +153,8 @@ class DeviceProfile(Struct, frozen=True):
         """By how much compute times grow: declared slow-down times what sharing the hardware adds."""
         if alone:
             return self.slowdown
-        return self.slowdown * self.crowding * (COLD if self.sharers > 1 and self.slowdown > 1 else 1.0)
+        cold = COLD if self.sharers > 1 and self.slowdown > 1 else 1.0
+        return self.slowdown * self.crowding * cold * self.late
 
     def lost(self, alone: bool) -> float:
         """Share of its compute times in which it waits for those who share its hardware."""

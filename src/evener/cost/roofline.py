@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from evener.cost.base import BatchShape, DecodeRun, ShardTime, stepwise_run
 from evener.cost.device import DeviceCosts
@@ -43,13 +44,13 @@ class RooflineCostModel:
         self._error = measured_error
         self._made_of = (model, profile, dtype, kv_dtype, tuple(links), costs_of)
         alone = len(plan.devices()) == 1
-        costs = {
-            name: costs_of(profile.device(name), model, alone=alone, dtype=dtype, kv_dtype=kv_dtype)
-            for name in plan.devices()
-        }
-        for replica in plan.replicas:
-            for name in _waiting_on_one_core(replica, profile):
-                costs[name].stretch *= LATE
+        waiting = waiting_on_one_core(plan, profile)
+        costs = {}
+        for name in dict.fromkeys(plan.devices()):
+            device = profile.device(name)
+            if name in waiting:
+                device = structs.replace(device, late=LATE)
+            costs[name] = costs_of(device, model, alone=alone, dtype=dtype, kv_dtype=kv_dtype)
         shared: dict[Any, StageTables] = {}
         declared = Links(links)
         self._replicas = [_replica_tables(replica, costs, profile, declared, shared) for replica in plan.replicas]
@@ -134,11 +135,14 @@ class RooflineCostModel:
         )  # fmt: skip
 
 
-def _waiting_on_one_core(replica: Replica, profile: Profile) -> list[str]:
+def waiting_on_one_core(plan: Plan, profile: Profile) -> set[str]:
     """Slowed workers that share hardware with another of their replica."""
-    names = replica.devices()
-    at = [profile.device(n).hardware or n for n in names]
-    return [n for n, where in zip(names, at, strict=True) if at.count(where) > 1 and profile.device(n).slowdown > 1]
+    found = set()
+    for replica in plan.replicas:
+        names = list(dict.fromkeys(replica.devices()))  # a plan to try prices with may name one twice
+        at = [profile.device(n).hardware or n for n in names]
+        found |= {n for n, where in zip(names, at, strict=True) if at.count(where) > 1}
+    return {n for n in found if profile.device(n).slowdown > 1}
 
 
 def _replica_tables(

@@ -105,6 +105,7 @@ _REMEDY = {
     Cause.IMBALANCE: "is idle while requests queue at another replica: like replicas, or least-work routing",
     Cause.RECOMPUTE: "computes again what preemption threw away: more KV room or fewer sequences at once",
     Cause.PADDING: "computes padding: continuous batching",
+    Cause.HELD: "waits for batches to fill or to end: --policy equal-time",
 }
 
 

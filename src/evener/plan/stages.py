@@ -131,7 +131,7 @@ class Stages:
         inside, outward = self._links(group, group), self._links(group, onward)
         shards = self._split(group, kinds, first, last, by)
         parts = tuple((sh.heads, sh.ffn, sh.embed_rows, sh.head_rows) for sh in shards)
-        key = (kinds, first, last, parts, inside, onward_size, outward)
+        key = (kinds, first, last, parts, inside, onward_size, outward, self._sharing(group, onward))
         if key not in self._options:
             self._options[key] = self._price(group, shards, first, last, onward)
         known = self._options[key]
@@ -139,6 +139,11 @@ class Stages:
             return None
         delay = round(max((delay for delay, _ in outward), default=0.0) * NS_PER_S)
         return StageOption(shards, known.costs, known.at, known.rooms, delay, known._known)
+
+    def _sharing(self, group: Group, onward: Group) -> tuple[bool, ...]:
+        """Which of the group share hardware with another of it or of the stage behind: they wait for each other."""
+        at = [self.profile.device(n).hardware or n for n in (*group, *onward)]
+        return tuple(at.count(where) > 1 for where in at[: len(group)])
 
     def _links(self, a: Group, b: Group) -> tuple[tuple[float, float], ...]:
         """(delay, bandwidth) of the declared links between two groups, or inside one."""

@@ -89,6 +89,7 @@ def profile_key() -> str:
         _version("torch"),
         _version("evener"),
         str(FORMAT),
+        *filter(None, [os.environ.get("EVENER_ISA")]),  # other kernels, other figures
     ]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
     slug = re.sub(r"[^a-z0-9]+", "-", f"{host} {cpu}".lower()).strip("-")

@@ -4,8 +4,8 @@
     refit.issued(...), .span(...)
     better = refit.fit(version)    a new, immutable cost model with its held-out error
 
-Also used online: `due` says when enough batches came since the last fit. Memory is bounded: of every shard the newest
-observations are kept, so a model follows a machine that changes.
+It can follow a run that goes on: `due` says when enough batches came since the last fit. Memory is bounded: of every
+shard the newest observations are kept, so a model follows a machine that changes.
 """
 
 from collections import deque

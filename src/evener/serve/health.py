@@ -33,6 +33,10 @@ def router(front: Front) -> APIRouter:
         status = front.engine.status()
         down = [f"replica {r.replica} is down: {r.reason}" for r in status.replicas if not r.alive]
         word = "unavailable" if not status.ready else "degraded" if down else "ok"
+        if down:
+            down.append(
+                "restart the server to get it back" if len(down) == 1 else "restart the server to get them back"
+            )
         body = Health(word, status.reason or "; ".join(down), list(status.replicas), list(status.warnings))
         return json_response(body, 200 if status.ready else 503)
 

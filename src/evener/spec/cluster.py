@@ -31,7 +31,7 @@ class Device(Struct, frozen=True):
     index: int = 0
     """CUDA ordinal."""
     slowdown: float = 1.0
-    """Declared: the worker takes this many times as long (owed time is slept, no core is burnt)."""
+    """Declared: it takes so many times as long. It keeps its core meanwhile; where others share it, it sleeps."""
     memory: Bytes | None = None
     """Declared limit for weights and KV; None: the host's share."""
     host: str = "localhost"

@@ -77,6 +77,8 @@ def make_warm_up(t: Traffic, n: int) -> list[TimedRequest]:
 
     Other prompts, so that the measured ones find nothing of theirs in a prefix cache.
     """
+    if t.trace is not None:
+        n = min(n, len(read_trace(t.trace, arrivals=False).rows))
     again = replace(t, requests=n, seed=t.seed + 1, concurrency=None, rate=math.inf, burstiness=1.0, rate_scale=1.0)
     return [replace(r, output_tokens=min(8, r.output_tokens)) for r in make_requests(again)]
 
