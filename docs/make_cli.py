@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"TERMINAL_WIDTH": "110", "COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"}
+os.environ |= {"TERMINAL_WIDTH": "140", "COLUMNS": "140", "NO_COLOR": "1", "TERM": "dumb"}
 
 from typer.testing import CliRunner
 
@@ -17,7 +17,7 @@ def text() -> str:
     """The whole page."""
     out = ["# Commands", "", "Written by `python docs/make_cli.py`.", ""]
     for name in sorted(VERBS):
-        result = CliRunner().invoke(app, [name, "--help"], terminal_width=110)
+        result = CliRunner().invoke(app, [name, "--help"], terminal_width=140)
         lines = [line.rstrip() for line in result.stdout.strip("\n").splitlines()]
         out += [f"## evener {name}", "", "```text", *lines, "```", ""]
     return "\n".join(out)
