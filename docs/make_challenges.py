@@ -55,6 +55,7 @@ def planted(name: str, *causes: Cause) -> Figure:
         return (
             f"{loss['name']}: {before:.0f}% of the device time, {after:.0f}% after the remedy ({loss['remedy']}). "
             f"{named}; {loss['before']:.1f} {loss['unit']} became {loss['after']:.1f}, {loss['gain']:.2f} times."
+            + (" The remedy did not help in this run." if loss["gain"] < 1.02 else "")
         )
 
     return figure
