@@ -25,11 +25,11 @@ from evener.plan.auto import choose_layout
 from evener.plan.capacity import default_chunk
 from evener.plan.default import default_plan, equal_plan
 from evener.plan.load import load_plan
-from evener.profile.hardware import check_present, local_devices
+from evener.profile.hardware import check_present, free_memory, local_devices
 from evener.profile.store import load_profile
 from evener.router.choose import make_router
 from evener.spec.cluster import Cluster, Device, Link, parse_device, parse_size
-from evener.spec.memory import MemoryConfig, block_bytes, kv_blocks, shares_memory
+from evener.spec.memory import MemoryConfig, block_bytes, kv_blocks
 from evener.spec.model import ModelSpec, quant_group
 from evener.spec.plan import Plan, validate
 from evener.spec.traffic import TrafficMix, parse_traffic_mix
@@ -273,7 +273,7 @@ def _plan(
         room = _kv_room(options, len(cluster.devices))
         plan, why = choose_layout(
             model, cluster, profile, mix, memory, room, options.max_num_seqs, options.policy,
-            host_bytes=Bytes(psutil.virtual_memory().available) if any(map(shares_memory, cluster.devices)) else None,
+            host_bytes=free_memory(cluster),
         )  # fmt: skip
     elif options.plan is not None:
         plan = load_plan(options.plan, model)

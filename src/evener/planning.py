@@ -16,8 +16,9 @@ from evener.plan.problem import Bounds, CostFactory, Item, Problem, demand_of
 from evener.plan.trial import Progress
 from evener.profile import load_cluster, local_devices, profile_of
 from evener.profile.costs import costs_of
+from evener.profile.hardware import free_memory
 from evener.spec.cluster import Cluster, Device, parse_device, parse_size
-from evener.spec.memory import MemoryConfig, shares_memory
+from evener.spec.memory import MemoryConfig
 from evener.spec.model import DTYPE_BYTES, ModelSpec, quant_group
 from evener.units import Bytes, Seconds
 from evener.workload.slo import parse_slo
@@ -104,7 +105,7 @@ def make_problem(options: PlanOptions) -> Problem:
         items=items,
         memory=_memory(model, cluster, dtype, kv_dtype, rows),
         kv_bytes=_kv_bytes(options, cluster),
-        host_bytes=host_bytes(cluster),
+        host_bytes=free_memory(cluster),
         max_num_seqs=rows,
         bounds=parse_bounds(options.slo),
         policy=options.policy,
@@ -167,11 +168,6 @@ def _memory(model: ModelSpec, cluster: Cluster, dtype: str, kv_dtype: str, rows:
     while declared and tokens > 256 and (tokens + rows) * row > min(declared) / 10:
         tokens //= 2
     return MemoryConfig(dtype=dtype, kv_dtype=kv_dtype, max_batch_tokens=tokens + rows)
-
-
-def host_bytes(cluster: Cluster) -> Bytes | None:
-    """What is free on this host, where devices of it declare no memory."""
-    return Bytes(psutil.virtual_memory().available) if any(map(shares_memory, cluster.devices)) else None
 
 
 def _kv_bytes(options: PlanOptions, cluster: Cluster) -> Bytes | None:

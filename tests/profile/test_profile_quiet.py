@@ -63,4 +63,6 @@ def test_what_one_measurement_lacks_the_others_have() -> None:
     part = structs.replace(true, devices=(structs.replace(device, alone=fewer),))
     assert quietest([part, true]) == true
     assert quietest([true, part]) == part, "the last one says what there is"
+    alone = structs.replace(true, collectives=(structs.replace(true.collectives[0], transport="shm"),))
+    assert quietest([true, alone]) == alone, "collectives of another transport say nothing of these"
     assert quietest([true]).devices[0].alone.read_bandwidth == pytest.approx(device.alone.read_bandwidth)

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
+
 from evener.cost.rates import FORMAT
 from evener.errors import InvalidDevice
-from evener.spec.cluster import Device, parse_device
+from evener.spec.cluster import Cluster, Device, parse_device
+from evener.spec.memory import shares_memory
 from evener.units import Bytes
 
 
@@ -76,6 +79,11 @@ def last_level_cache(core: int = 0) -> Bytes:
         if m:
             best = max(best, int(m.group(1)) << {"": 0, "K": 10, "M": 20}[m.group(2)])
     return Bytes(best or 32 << 20)
+
+
+def free_memory(cluster: Cluster) -> Bytes | None:
+    """What is free on this host, where devices of it declare no memory of their own; else None."""
+    return Bytes(psutil.virtual_memory().available) if any(map(shares_memory, cluster.devices)) else None
 
 
 def profile_key() -> str:

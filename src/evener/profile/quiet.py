@@ -11,7 +11,13 @@ def quietest(measured: Sequence[Profile]) -> Profile:
     """For every figure its best value over these profiles of the same devices; the rest is as in the last one."""
     last = measured[-1]
     devices = [_device([p.devices[k] for p in measured]) for k in range(len(last.devices))]
-    collectives = [_collective([p.collectives[k] for p in measured]) for k in range(len(last.collectives))]
+    collectives = [
+        # One measurement may have found no shared memory, and assumed others.
+        _collective(
+            [c for p in measured for c in p.collectives if (c.transport, c.ranks) == (known.transport, known.ranks)]
+        )
+        for known in last.collectives
+    ]
     return structs.replace(last, devices=tuple(devices), collectives=tuple(collectives))
 
 

@@ -189,13 +189,6 @@ EVENER_OUTLINE void amx8_values(const uint8_t* halves, const float* p_scale, con
   }
 }
 
-// As query_halves, in two's complement.
-EVENER_INLINE float signed_query_halves(const float* q, float scale, int64_t dim, uint8_t* high, uint8_t* low) {
-  float step = scale_of(q, dim, 32767), inverse = inverse_of(step);
-  for (int64_t d = 0; d < dim; d += W) store_halves(rounded(load(q + d) * inverse), high + d, low + d);
-  return step * scale;
-}
-
 void amx8_attention(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
   const int64_t dim = a.head_dim;
   const int rows = t.tokens * t.heads;
@@ -211,7 +204,7 @@ void amx8_attention(const AttentionArgs& a, const AttentionTile& t, float* scrat
   const float scale = a.scale * 1.44269504f;  // scores in base 2
   for (int i = 0; i < rows; ++i) {
     const float* from = a.q + (t.row + i / t.heads) * a.q_stride + (t.head + i % t.heads) * dim;
-    q_scale[i] = signed_query_halves(from, scale, dim, q + i * 2 * dim, q + i * 2 * dim + dim);
+    q_scale[i] = query_halves(from, scale, dim, 0, q + i * 2 * dim, q + i * 2 * dim + dim);
     run.maximum[i] = -__builtin_inff();
     run.sum[i] = 0.0f;
   }

@@ -148,10 +148,10 @@ constexpr Panel8Kernels panels8() {
 
 constexpr Panel8Kernels COLD8 = panels8<true>(), WARM8 = panels8<false>();
 
-// A query, times `scale`, to integers; returns theirs.
-EVENER_INLINE float query_halves(const float* q, float scale, int64_t dim, uint8_t* high, uint8_t* low) {
+// A query, times `scale`, to integers, each with `offset` added; returns their step.
+EVENER_INLINE float query_halves(const float* q, float scale, int64_t dim, int32_t offset, uint8_t* high, uint8_t* low) {
   float step = scale_of(q, dim, 32767), inverse = inverse_of(step);
-  for (int64_t d = 0; d < dim; d += W) store_halves(rounded(load(q + d) * inverse) + HALF, high + d, low + d);
+  for (int64_t d = 0; d < dim; d += W) store_halves(rounded(load(q + d) * inverse) + offset, high + d, low + d);
   return step * scale;
 }
 
@@ -203,7 +203,7 @@ void attention8_tile(const AttentionArgs& a, const AttentionTile& t, float* scra
   const float scale = a.scale * 1.44269504f;  // scores in base 2
   for (int i = 0; i < rows; ++i) {
     const float* from = a.q + (t.row + i / t.heads) * a.q_stride + (t.head + i % t.heads) * dim;
-    q_scale[i] = query_halves(from, scale, dim, q + i * 2 * dim, q + i * 2 * dim + dim);
+    q_scale[i] = query_halves(from, scale, dim, HALF, q + i * 2 * dim, q + i * 2 * dim + dim);
     run.maximum[i] = -__builtin_inff();
     run.sum[i] = 0.0f;
   }
