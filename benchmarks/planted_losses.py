@@ -71,8 +71,9 @@ def written(setting: Setting, plan: Plan, folder: Path) -> EngineOptions:
     path = folder / "mended.yaml"
     save_plan(plan, path)
     return structs.replace(
-        setting.options, plan=str(path), tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1
-    )
+        setting.options, plan=str(path), split="time", tensor_parallel_size=1, pipeline_parallel_size=1,
+        data_parallel_size=1,
+    )  # fmt: skip
 
 
 def resplit(

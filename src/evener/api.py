@@ -24,7 +24,7 @@ from evener.model.source import ModelSource, open_model
 from evener.plan.auto import choose_layout
 from evener.plan.capacity import default_chunk
 from evener.plan.default import default_plan, equal_plan
-from evener.plan.load import load_plan
+from evener.plan.load import AUTO, check_layout, load_plan
 from evener.profile.hardware import check_present, free_memory, local_devices
 from evener.profile.store import load_profile
 from evener.router.choose import make_router
@@ -35,7 +35,6 @@ from evener.spec.plan import Plan, validate
 from evener.spec.traffic import TrafficMix, parse_traffic_mix
 from evener.units import NS_PER_S, Bytes, Seconds, human_bytes
 
-AUTO = "auto"
 DTYPES = ("fp32", "bf16", "int8")
 """Of weights and of the KV cache."""
 
@@ -51,7 +50,7 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     plan: str | None = None
-    """YAML file, or `auto` to choose for these devices and `traffic_mix`; excludes the three sizes."""
+    """YAML file, or `auto` to choose for these devices and `traffic_mix`; excludes the three sizes and a split."""
     split: str = "time"
     """`time`: by measured time for `traffic_mix`; `equal`: the pre-training habit."""
     traffic_mix: str | None = None
@@ -247,8 +246,8 @@ def _devices(options: EngineOptions, model: ModelSpec) -> tuple[Cluster, Profile
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise InvalidInput(f"device {twice} is named twice; name a second worker on it {twice}#1")
-    if options.plan is not None and (tp, pp, dp) != (1, 1, 1):
-        raise InvalidInput("--plan says the layout itself; leave out -tp, -pp and -dp")
+    if options.plan is not None:
+        check_layout(options.plan, options.split, (tp, pp, dp))
     if options.plan == AUTO:
         devices = given or [d for d in local_devices() if d.kind == "cpu"]
     elif options.plan is not None:

@@ -29,11 +29,12 @@ from evener.ledger.finding import Hints, hints_of
 from evener.ledger.ledger import Ledger
 from evener.ledger.verdict import verdict
 from evener.plan.default import default_plan, equal_plan
-from evener.plan.load import load_plan
+from evener.plan.load import AUTO, check_layout, load_plan
+from evener.plan.planner import choose_plan
 from evener.plan.problem import Item, Problem
 from evener.plan.search import plan_blocks
 from evener.plan.trial import plan_chunk
-from evener.planning import DEFAULT_TRAFFIC, PlanOptions, make_problem
+from evener.planning import DEFAULT_TRAFFIC, PlanOptions, check_objective, make_problem
 from evener.router.choose import make_router
 from evener.spec.plan import Plan, validate
 from evener.spec.traffic import TrafficMix
@@ -52,7 +53,7 @@ class SimulateOptions(Struct, frozen=True, kw_only=True):
     cluster: str | None = None
     devices: tuple[str, ...] = ()
     plan: str | None = None
-    """YAML file; excludes the three sizes."""
+    """YAML file, or `auto` to choose as `evener plan` does; excludes the three sizes and an equal split."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
@@ -177,8 +178,9 @@ def _plan(options: SimulateOptions, problem: Problem) -> Plan:
     tp, pp, dp = options.tensor_parallel_size, options.pipeline_parallel_size, options.data_parallel_size
     devices = problem.cluster.devices
     if options.plan is not None:
-        if (tp, pp, dp) != (1, 1, 1):
-            raise InvalidInput("--plan says the layout itself; leave out -tp, -pp and -dp")
+        check_layout(options.plan, options.split, (tp, pp, dp))
+        if options.plan == AUTO:
+            return choose_plan(check_objective(problem)).best.plan
         plan = load_plan(options.plan, problem.model)
     elif options.split == "equal":
         plan = equal_plan(problem.model, devices, tp, pp, dp)

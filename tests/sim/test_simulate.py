@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from evener.cli.main import app
 from evener.errors import EvenerError, InvalidInput
+from evener.planning import make_plan
 from evener.simulate import Simulated, SimulateOptions, simulate
 
 CONFIG = {
@@ -98,6 +99,14 @@ def test_a_lost_device_loses_no_request(base: SimulateOptions) -> None:
     assert result.account.devices[lost].causes["down"] > 0
 
 
+def test_auto_simulates_the_plan_that_the_planner_chooses(base: SimulateOptions) -> None:
+    """`--plan auto` means what it means for serve, on devices that are not here."""
+    known = {name: getattr(base, name) for name in ("model", "cluster", "traffic")}
+    _, choice = make_plan(**known)
+    result = simulate(structs.replace(base, plan="auto"))
+    assert result.plan == choice.best.plan and result.report.completed == 300
+
+
 def test_unknown_lengths_cost_something(base: SimulateOptions) -> None:
     """Asking for more than comes makes the scheduler see ends late: that is `speculation`."""
     known, unknown = simulate(base), simulate(structs.replace(base, max_tokens=2000))
@@ -114,6 +123,8 @@ def test_unknown_lengths_cost_something(base: SimulateOptions) -> None:
         ({"slow": ("cuda:0@1",)}, "write DEVICE@SECONDS=FACTOR"),
         ({"slow": ("cuda:0@1=0.5",)}, "with a factor from 1"),
         ({"plan": "x.yaml", "data_parallel_size": 2}, "leave out -tp"),
+        ({"plan": "x.yaml", "split": "equal"}, "leave out --split"),
+        ({"plan": "auto", "tensor_parallel_size": 2}, "leave out -tp"),
         ({"split": "odd"}, "use time or equal"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens=0"),
         ({"tensor_parallel_size": 8}, "8 devices"),

@@ -128,3 +128,12 @@ def test_devices_that_are_not_here(tmp_path: Path) -> None:
     for flags, says in (["--case", "a: --record x"], "record means nothing"), (["--live"], "leave out --cluster"):
         refused = CliRunner().invoke(app, [*args, *flags])
         assert isinstance(refused.exception, InvalidInput) and says in refused.exception.message
+
+
+@pytest.mark.parametrize("given", [["--split", "equal"], ["-tp", "2"]])
+@pytest.mark.parametrize("plan", ["auto", "plan.yaml"])
+def test_what_a_plan_says_itself_is_refused_beside_it(plan: str, given: list[str]) -> None:
+    """It would be ignored."""
+    ran = CliRunner().invoke(app, ["compare", "--plan", plan, *given])
+    assert isinstance(ran.exception, InvalidInput)
+    assert given[0] in ran.exception.message and "leave out" in ran.exception.message

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from evener.api import EngineOptions
 from evener.cli.engine_options import said, with_engine_options
-from evener.cli.paths import check_folder
+from evener.cli.paths import check_folder, writing
 from evener.errors import InvalidInput
 from evener.workload import drive
 from evener.workload.client import CompletionsClient, ask_served, open_session
@@ -138,16 +138,10 @@ def bench(
     else:
         print_report(report)
     if output is not None:
-        _write(output, msgspec.json.encode({**figures, "records": run.records}))
+        with writing(output, "--output"):
+            output.write_bytes(msgspec.json.encode({**figures, "records": run.records}))
     if interrupted or not report.completed:
         raise typer.Exit(130 if interrupted else 1)
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise InvalidInput(f"--output {path} cannot be written: {error.strerror}") from error
 
 
 def _check_target(given: dict[str, str], offline: bool) -> None:

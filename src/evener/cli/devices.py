@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from evener.cli.paths import writing
 from evener.cli.shared_options import device_names
 from evener.cost.rates import Profile
 from evener.errors import InvalidDevice, InvalidInput
@@ -51,10 +52,8 @@ def devices(
     cluster = Cluster(tuple(chosen))
     profile = _stored(cluster) if stored else _measure(cluster, quick, times, silent=as_json)
     if write is not None:
-        try:
+        with writing(write, "--write"):
             save_profile(profile, write)
-        except OSError as error:
-            raise InvalidInput(f"--write {write}: {error}") from error
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(profile)).decode())
         return

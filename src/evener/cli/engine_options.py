@@ -7,7 +7,8 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from evener.api import AUTO, EngineOptions
+from evener.api import EngineOptions
+from evener.plan.load import AUTO
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from evener.cli.ledger_view import account_view, request_view
+from evener.cli.paths import writing
 from evener.cli.server import Server
 from evener.errors import InvalidInput
 
@@ -82,8 +83,6 @@ def _follow(server: Server, asked: dict[str, str], every: float) -> None:
 
 
 def _write(path: Path, trace: Any) -> None:
-    try:
+    with writing(path, "--trace"):
         path.write_text(json.dumps(trace))
-    except OSError as error:
-        raise InvalidInput(f"cannot write {path}: {error.strerror}; give a writable path") from error
     print(f"wrote {path} ({len(trace['traceEvents'])} events); open it at https://ui.perfetto.dev", file=sys.stderr)

@@ -1,5 +1,7 @@
 """Files that a command is told to write: refused before minutes are spent on what cannot be kept."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from evener.errors import InvalidInput
@@ -14,3 +16,14 @@ def check_folder(path: Path | None, option: str) -> None:
         raise InvalidInput(f"{option} {path}: there is no directory {folder}; make it first")
     if path.is_dir():
         raise InvalidInput(f"{option} {path} is a directory; name a file in it")
+
+
+@contextmanager
+def writing(path: Path, option: str) -> Iterator[None]:
+    """Raise InvalidInput in the place of an OSError of writing this file."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidInput(
+            f"{option} {path} cannot be written: {error.strerror or error}; give a path that can be"
+        ) from error

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from evener.cli import shared_options
-from evener.cli.paths import check_folder
+from evener.cli.paths import check_folder, writing
 from evener.cli.plan_output import choice_json, serve_command, show_assessments, show_choice, show_sizes
 from evener.errors import InvalidInput
 from evener.plan.assess import assess as judge
@@ -139,10 +139,8 @@ def plan(
         show_sizes(sizes, problem, as_json_)
         return
     if output is not None:
-        try:
+        with writing(output, "--output"):
             save_plan(choice.best.plan, output)
-        except OSError as error:
-            raise InvalidInput(f"--output {output}: {error.strerror}; give a path that can be written") from error
     if plot is not None:
         from evener.plan.plot import draw_front
 

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from evener.api import AUTO, EngineOptions, describe, prepare, start_engine
+from evener.api import EngineOptions, describe, prepare, start_engine
 from evener.cli.engine_options import with_engine_options
 from evener.errors import InvalidInput
 from evener.execute.live.engine import LiveEngine
 from evener.model.source import ModelSource
+from evener.plan.load import AUTO
 from evener.profile import load_profile, local_devices, measure
 from evener.serve.listen import bind
 from evener.spec.cluster import Cluster, parse_device

@@ -26,7 +26,9 @@ def simulate(
     model: shared_options.Model = None,
     cluster: shared_options.ClusterFile = None,
     devices: shared_options.Devices = None,
-    plan: Annotated[str | None, typer.Option(help="Plan file (YAML), instead of -tp, -pp, -dp.")] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="Plan file (YAML), or auto to choose, instead of -tp, -pp, -dp.")
+    ] = None,
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="Shards per stage.")] = 1,
     pipeline_parallel_size: Annotated[
         int, typer.Option("--pipeline-parallel-size", "-pp", help="Stages per replica.")

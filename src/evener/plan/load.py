@@ -5,9 +5,23 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from evener.errors import InvalidPlan
+from evener.errors import InvalidInput, InvalidPlan
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Interval, Plan, Shard, from_mapping
+
+AUTO = "auto"
+"""In the place of a file: choose the plan."""
+
+
+def check_layout(plan: str, split: str, sizes: tuple[int, int, int]) -> None:
+    """Refuse (InvalidInput) what would be ignored beside a plan, as that says it itself.
+
+    sizes: of tensor, pipeline and data parallel.
+    """
+    if sizes != (1, 1, 1):
+        raise InvalidInput(f"--plan {plan} says the layout itself; leave out -tp, -pp and -dp")
+    if split != "time":
+        raise InvalidInput(f"--split {split}: --plan {plan} says the splits itself; leave out --split")
 
 
 def load_plan(path: str | Path, model: ModelSpec) -> Plan:
