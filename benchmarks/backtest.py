@@ -1,11 +1,12 @@
 """Back-test: what the simulator predicts for five plans with a fitted cost model, beside what live runs achieved.
 
-For each plan one calibration run serves requests of a production trace (lengths scaled to the context); the cost model
-is fitted to its spans. Other requests of the trace are then served live, several times: all at once (saturated), and
-with the trace's own arrivals at 70% of the saturated rate. The same arrivals go through the simulator with the fitted
-model. The error is set beside the spread of the live runs (largest minus smallest over the median): no prediction can
-be better than that. Nothing predicts what other processes take from the devices (`contended`); the last columns take it
-as known, second by second, and so show the error of the model itself.
+For each plan calibration runs serve requests of a production trace (lengths scaled to the context); the cost model is
+fitted to their spans. Other requests of the trace are served live: all at once (saturated), and with the trace's own
+arrivals at 70% of the rate of the first saturated run. The three take turns, as a machine that others use changes its
+speed from minute to minute. The same arrivals go through the simulator with the fitted model. The error is set beside
+the spread of the live runs (largest minus smallest over the median): no prediction can be better than that. Nothing
+predicts what other processes take from the devices (`contended`); the last columns take it as known, second by second,
+and so show the error of the model itself.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from common import SHARED, markdown, save
 from evener.api import EngineOptions, make_options, prepare
 from evener.cost.base import CostModel
 from evener.ledger.causes import Cause
-from evener.workload.backtest import Line, achieved, others_took, predicted, read_traffic, set_beside
+from evener.units import NS_PER_S
+from evener.workload.backtest import Line, achieved, others_took, period, predicted, read_traffic, set_beside
 from evener.workload.calibrate import observe
 from evener.workload.compare import requests_of, warm_up_of
 from evener.workload.rehearse import run_live
@@ -106,20 +108,22 @@ def _medians(lines: Sequence[Line | None]) -> tuple[float, float]:
 def measure(options: EngineOptions, trace: Trace, n: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Calibrate, serve saturated and loaded, predict."""
     fit, other = Trace(trace.rows[n:]), Trace(trace.rows[:n])  # whatever follows the first n calibrates
-    print("  calibration", file=sys.stderr, flush=True)
-    run(options, requests(fit), folder / "fit")
-    costs = observe(folder / "fit").fit(1)
-    saturated = [folder / f"saturated{k}" for k in range(rounds)]
-    for k, path in enumerate(saturated):
-        print(f"  saturated, run {k + 1} of {rounds}", file=sys.stderr, flush=True)
-        run(options, requests(other), path)
+    fits, saturated, loaded = (
+        [folder / f"{what}{k}" for k in range(rounds)] for what in ("fit", "saturated", "loaded")
+    )
+    rate = 0.0
+    for k in range(rounds):
+        print(f"  round {k + 1} of {rounds}: calibration", file=sys.stderr, flush=True)
+        run(options, requests(fit), fits[k])
+        print(f"  round {k + 1} of {rounds}: saturated", file=sys.stderr, flush=True)
+        run(options, requests(other), saturated[k])
+        if not k:
+            start, end = period(read_traffic(saturated[k], WARM_UP))
+            rate = LOAD * n / ((end - start) / NS_PER_S)
+        print(f"  round {k + 1} of {rounds}: at {rate:.2f} requests/s", file=sys.stderr, flush=True)
+        run(options, requests(other, rate), loaded[k])
+    costs = observe(*fits).fit(1)
     full, contended = beside(costs, saturated)
-    duration = next(x["achieved"] for x in full if x["what"] == "duration, s")
-    rate = LOAD * n / duration
-    loaded = [folder / f"loaded{k}" for k in range(rounds)]
-    for k, path in enumerate(loaded):
-        print(f"  at {rate:.2f} requests/s, run {k + 1} of {rounds}", file=sys.stderr, flush=True)
-        run(options, requests(other, rate), path)
     part, contended_loaded = beside(costs, loaded)
     return {
         "fit_error": costs.error(), "rate": rate, "saturated": full, "loaded": part,

@@ -14,9 +14,10 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     # biases on every projection, llama3 rope scaling, untied, no grouped queries
     "llama3": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 10,
                "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3, "tie_word_embeddings": False},
-    # the same with heads that the native kernels take
+    # the same with heads that the native kernels take, and whole groups of FFN columns
     "llama3-wide": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16,
-                    "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3, "tie_word_embeddings": False},
+                    "intermediate_size": 192, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3,
+                    "tie_word_embeddings": False},
     "qwen2": {"model_type": "qwen2", "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
               "tie_word_embeddings": False},

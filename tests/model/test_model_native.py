@@ -51,9 +51,10 @@ def test_whole_models(checkpoint, name, dtype, kv_dtype):
 
 
 @pytest.mark.parametrize("threads", [2, 3], indirect=True)
-def test_on_several_threads(checkpoint, threads):
-    source = open_model(checkpoint(NATIVE[0])[0])
-    check(lambda: Deployment(source, stages(source.spec), max_len=192))
+@pytest.mark.parametrize(("name", "dtype"), [("smol", torch.float32), ("llama3-wide", torch.int8)])
+def test_on_several_threads(checkpoint, threads, name, dtype):
+    source = open_model(checkpoint(name)[0])
+    check(lambda: Deployment(source, stages(source.spec), max_len=192, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", NATIVE)

@@ -161,11 +161,17 @@ class Refit:
 
 
 def _robust(table: Floats, took: Floats, prior: Floats) -> Floats:
-    """Factors from all points but the far outliers: a page fault or an interrupt is no property of the operation."""
+    """Factors from all points but the far outliers: a page fault or an interrupt is no property of the operation.
+
+    All points together take what they took: a fit of relative errors leans to the fast ones, where a device has several
+    speeds, and throughput is made of totals.
+    """
     first = nonnegative_fit(table, took, prior, PULL)
     off = np.abs(table @ first.factors - took) / took
     kept = off <= max(0.1, 5 * float(np.median(off)))
-    return nonnegative_fit(table[kept], took[kept], prior, PULL).factors
+    found = nonnegative_fit(table[kept], took[kept], prior, PULL).factors
+    scaled: Floats = found * (took.sum() / (table @ found).sum())
+    return scaled
 
 
 def describe(corrections: Corrections) -> list[str]:

@@ -25,7 +25,7 @@ from evener.ledger.ledger import EVERYTHING, Ledger
 from evener.units import NS_PER_S, Nanoseconds
 from evener.workload import drive
 from evener.workload.rehearse import NO_SUMMARY, Rehearsal, fill_record
-from evener.workload.replay import Replayed, open_recording, recorded_work
+from evener.workload.replay import Replayed, open_recording, recorded_costs, recorded_work
 from evener.workload.report import Report, Summary, make_report
 from evener.workload.slo import Slo
 
@@ -102,17 +102,19 @@ def accounted(traffic: Traffic, account: Account, slo: Slo | None = None) -> Reh
 def predicted(
     traffic: Traffic, costs: CostModel, slo: Slo | None = None, slow_downs: Sequence[SlowDown] = ()
 ) -> Rehearsal:
-    """The same requests at the same times through the simulator, with these costs.
+    """The same requests at the same times through the simulator, in which batches take what these costs say.
 
-    `slow_downs`: what cannot be known beforehand, as `others_took` finds it; times after the first arrival.
+    What is decided is decided with the costs that the run had, as it was there. `slow_downs`: what cannot be known
+    beforehand, as `others_took` finds it; times after the first arrival.
     """
     header = traffic.header
     start, end = period(traffic)
     everyone = sorted([*traffic.requests, *traffic.around], key=lambda one: one.arrived)
     zero = everyone[0].arrived
     before = start - zero
-    ledger = Ledger(header.plan, costs, start=Nanoseconds(0), work=recorded_work(header), keep=EVERYTHING)
-    brain = Brain(header.plan, header.kv_blocks, costs, header.brain, journal=ledger)
+    known = recorded_costs(header)
+    ledger = Ledger(header.plan, known, start=Nanoseconds(0), work=recorded_work(header), keep=EVERYTHING)
+    brain = Brain(header.plan, header.kv_blocks, known, header.brain, journal=ledger)
     around = {id(one) for one in traffic.around}
     todo = [_again(one, zero, end if id(one) in around else None, header.brain.block_tokens) for one in everyone]
     failures = [Failure(f.device, Nanoseconds(max(0, f.at - zero))) for f in traffic.failures]

@@ -1,12 +1,14 @@
-"""A cost model fitted to a recorded run: every batch that the run had, and what it took on every device."""
+"""A cost model fitted to recorded runs: every batch that they had, and what it took on every device."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from evener.brain import Brain
 from evener.cost.roofline import RooflineCostModel
 from evener.engine.events import BatchDone, IssueBatch
 from evener.errors import InvalidInput
-from evener.execute.live.record import Entry, Timing
+from evener.execute.live.record import Entry, Kept, Timing
+from evener.execute.served import Header
 from evener.ledger.spans import HoldKind, MakeUp, Milestone, Span
 from evener.profile.refit import Refit
 from evener.spec.plan import Plan
@@ -53,17 +55,26 @@ class _Observer:
         """See Journal."""
 
 
-def observe(path: Path) -> Refit:
-    """What a recording says about its cost model; `fit` then makes the better one.
+def observe(path: Path, *more: Path) -> Refit:
+    """What recordings of one plan say about its cost model; `fit` then makes the better one.
 
-    Raises InvalidInput for a file that is no recording, or without spans.
+    Raises InvalidInput for a file that is no recording, without spans, or of another plan or cost model than the first.
     """
-    header, kept = open_recording(path)
+    header, _ = open_recording(path)
     base = recorded_costs(header)
     assert isinstance(base, RooflineCostModel)
-    observer = _Observer()
-    brain = Brain(header.plan, header.kv_blocks, base, header.brain, journal=observer)
     refit = Refit(base)
+    for each in (path, *more):
+        other, kept = open_recording(each)
+        if (other.plan, other.costs) != (header.plan, header.costs):
+            raise InvalidInput(f"{each} is of another plan or cost model than {path}; fit them one by one")
+        _hear(each, other, kept, refit)
+    return refit
+
+
+def _hear(path: Path, header: Header, kept: Iterable[Kept], refit: Refit) -> None:
+    observer = _Observer()
+    brain = Brain(header.plan, header.kv_blocks, refit.base, header.brain, journal=observer)
     hosts = _Hosts(header.plan, refit)
     spans = 0
     for record in kept:
@@ -83,7 +94,6 @@ def observe(path: Path) -> Refit:
             spans += len(record.spans)
     if not spans:
         raise InvalidInput(f"{path} has no spans to fit a cost model to; record with the ledger on")
-    return refit
 
 
 class _Hosts:
