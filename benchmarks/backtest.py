@@ -1,12 +1,15 @@
 """Back-test: what the simulator predicts for five plans with a fitted cost model, beside what live runs achieved.
 
-For each plan calibration runs serve requests of a production trace (lengths scaled to the context); the cost model is
-fitted to their spans. Other requests of the trace are served live: all at once (saturated), and with the trace's own
-arrivals at 70% of the rate of the first saturated run. The three take turns, as a machine that others use changes its
-speed from minute to minute. The same arrivals go through the simulator with the fitted model. The error is set beside
-the spread of the live runs (largest minus smallest over the median): no prediction can be better than that. Nothing
-predicts what other processes take from the devices (`contended`); the last columns take it as known, second by second,
-and so show the error of the model itself.
+Requests of a production trace (lengths scaled to the context) are served live: all at once (saturated), and with the
+trace's own arrivals at 70% of the saturated rate. For either load calibration runs serve other requests of the trace in
+the same way, and the cost model is fitted to their spans: a device whose cache holds the weights while few requests run
+takes half the time for a step that it takes for the same step among many. Calibration and runs take turns, as a machine
+that others use changes its speed from minute to minute. The same arrivals go through the simulator with the fitted
+model.
+
+The error is set beside the spread of the live runs (largest minus smallest over the median): no prediction can be
+better than that. Nothing predicts what other processes take from the devices (`contended`); the last columns take it as
+known, second by second, and so show the error of the model itself.
 """
 
 import argparse
@@ -24,8 +27,7 @@ from common import SHARED, markdown, save
 from evener.api import EngineOptions, make_options, prepare
 from evener.cost.base import CostModel
 from evener.ledger.causes import Cause
-from evener.units import NS_PER_S
-from evener.workload.backtest import Line, achieved, others_took, period, predicted, read_traffic, set_beside
+from evener.workload.backtest import Line, achieved, others_took, predicted, read_traffic, set_beside
 from evener.workload.calibrate import observe
 from evener.workload.compare import requests_of, warm_up_of
 from evener.workload.rehearse import run_live
@@ -108,27 +110,20 @@ def _medians(lines: Sequence[Line | None]) -> tuple[float, float]:
 def measure(options: EngineOptions, trace: Trace, n: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Calibrate, serve saturated and loaded, predict."""
     fit, other = Trace(trace.rows[n:]), Trace(trace.rows[:n])  # whatever follows the first n calibrates
-    fits, saturated, loaded = (
-        [folder / f"{what}{k}" for k in range(rounds)] for what in ("fit", "saturated", "loaded")
-    )
-    rate = 0.0
-    for k in range(rounds):
-        print(f"  round {k + 1} of {rounds}: calibration", file=sys.stderr, flush=True)
-        run(options, requests(fit), fits[k])
-        print(f"  round {k + 1} of {rounds}: saturated", file=sys.stderr, flush=True)
-        run(options, requests(other), saturated[k])
-        if not k:
-            start, end = period(read_traffic(saturated[k], WARM_UP))
-            rate = LOAD * n / ((end - start) / NS_PER_S)
-        print(f"  round {k + 1} of {rounds}: at {rate:.2f} requests/s", file=sys.stderr, flush=True)
-        run(options, requests(other, rate), loaded[k])
-    costs = observe(*fits).fit(1)
-    full, contended = beside(costs, saturated)
-    part, contended_loaded = beside(costs, loaded)
-    return {
-        "fit_error": costs.error(), "rate": rate, "saturated": full, "loaded": part,
-        "contended": [contended, contended_loaded],
-    }  # fmt: skip
+    rate = math.inf
+    out: dict[str, Any] = {"fit_error": {}, "contended": {}}
+    for load in ("saturated", "loaded"):
+        fits, runs = ([folder / f"{load}-{what}{k}" for k in range(rounds)] for what in ("fit", "run"))
+        for k in range(rounds):
+            print(f"  {load}, {rate:.2f} requests/s, round {k + 1} of {rounds}", file=sys.stderr, flush=True)
+            run(options, requests(fit, rate), fits[k])
+            run(options, requests(other, rate), runs[k])
+        costs = observe(*fits).fit(1)
+        out["fit_error"][load] = costs.error()
+        out[load], out["contended"][load] = beside(costs, runs)
+        if load == "saturated":
+            rate = LOAD * n / next(x["achieved"] for x in out[load] if x["what"] == "duration, s")
+    return {**out, "rate": rate}
 
 
 def rows_of(name: str, got: dict[str, Any]) -> list[list[object]]:
@@ -182,8 +177,9 @@ def main() -> None:
     headers = ["plan", "load", "figure", "predicted", "achieved", "error", f"spread of {args.rounds} live runs",
                "knowing what others took", "error"]  # fmt: skip
     print(markdown(headers, rows))
-    noise = [[k, f"{v['fit_error']:.1%}", *(f"{c:.1%}" for c in v["contended"])] for k, v in results.items()]
-    print(markdown(["plan", "fit, error per span", "contended, saturated", "contended, loaded"], noise))
+    noise = [[k, load, f"{v['fit_error'][load]:.1%}", f"{v['contended'][load]:.1%}"] for k, v in results.items()
+             for load in v["contended"]]  # fmt: skip
+    print(markdown(["plan", "load", "fit, error per span", "contended"], noise))
     settings = {"trace": args.trace.name, "requests": args.requests, "context": args.context, "rounds": args.rounds}
     settings |= {"calibrate": args.calibrate, "dtype": args.dtype}
     if args.only is None:

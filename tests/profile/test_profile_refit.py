@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evener.cost.base import BatchShape
+from evener.cost.base import BatchShape, stepwise_run
 from evener.cost.fitted import KNOTS, Corrections, Factors, corrected, features
 from evener.cost.rates import Collective, DeviceProfile, GemmRates, Profile, Rates, any_kv
 from evener.cost.roofline import RooflineCostModel
@@ -50,13 +50,14 @@ def shapes(count: int, seed: int = 0) -> list[BatchShape]:
     return out
 
 
-def fed(count: int, noise: float = 0.0) -> Refit:
-    """What the machine's shards do for these batches."""
+def fed(count: int, noise: float = 0.0, slow: float = 0.0) -> Refit:
+    """What the machine's shards do for these batches; a share `slow` of them takes 1.8 times as long."""
     refit, rng = Refit(BASE), np.random.default_rng(1)
     for number, shape in enumerate(shapes(count)):
         refit.issued(0, number, MakeUp(shape))
         for rank, time in enumerate(MACHINE.shards_ns(0, 0, shape)):
-            took = max(1, round(time.compute * (1 + noise * rng.standard_normal())))
+            speed = 1.8 if rng.random() < slow else 1.0
+            took = max(1, round(time.compute * speed * (1 + noise * rng.standard_normal())))
             nbytes = shape.tokens * 512 * 4 * 17
             moved = Traffic(int(Op.ALL_REDUCE), 17, nbytes, Nanoseconds(0), Nanoseconds(17 * 70_000 + nbytes // 10))
             refit.span(Span(0, 0, rank, 0, number, Nanoseconds(0), Nanoseconds(took), Nanoseconds(took),
@@ -83,6 +84,17 @@ def test_noise_is_averaged_and_is_the_error_that_is_told() -> None:
     assert abs(float(np.median(off))) < 0.05
 
 
+@pytest.mark.parametrize("slow", [0.03, 0.3])
+def test_a_fit_keeps_the_total_where_a_device_has_two_speeds(slow: float) -> None:
+    """Be the slow batches few and left out as outliers, or many: throughput is made of totals."""
+    refit = fed(800, noise=0.05, slow=slow)
+    better = refit.fit(1)
+    for (r, s, k), seen in refit._seen.items():
+        own = better.own_times(r, s, k)
+        said = sum(sum(features(own, o.shape, o.repeat)) for o in seen)
+        assert said == pytest.approx(sum(o.compute_ns for o in seen), rel=0.02)
+
+
 def test_collectives_and_host_time_become_lines() -> None:
     refit = fed(100)
     for k in range(200):
@@ -92,6 +104,38 @@ def test_collectives_and_host_time_become_lines() -> None:
     assert line.ranks == 2 and dict(line.points)[1 << 20] == pytest.approx(70_000 + (1 << 20) / 10, rel=0.05)
     assert fit.host_ns == pytest.approx(100_000 + 2_000 * 4.5, rel=0.1)
     assert len(describe(fit)) == 3
+
+
+def test_ranks_that_are_late_in_turns_are_waited_for() -> None:
+    """By as much as even the rank that waits the least waits; and each still computes what it computes."""
+    refit, zero = Refit(BASE), Nanoseconds(0)
+    for number, shape in enumerate(shapes(LEAST)):
+        refit.issued(0, number, MakeUp(shape))
+        times = BASE.shards_ns(0, 0, shape)
+        slowest = max(t.compute for t in times)
+        for rank, time in enumerate(times):
+            waited = Nanoseconds(time.straggler + round(0.05 * slowest))
+            ended = Nanoseconds(time.compute + waited)
+            refit.span(Span(0, 0, rank, 0, number, zero, ended, time.compute, time.compute, zero, waited, zero, zero))
+    fit = refit.corrections()
+    assert fit.uneven == pytest.approx(0.05, abs=1e-3)
+    better = corrected(BASE, Corrections({}, uneven=fit.uneven), 1)
+    for shape in shapes(50, seed=7):
+        ours, before = better.shards_ns(0, 0, shape), BASE.shards_ns(0, 0, shape)
+        slowest = max(t.compute for t in before)
+        for a, b in zip(ours, before, strict=True):
+            assert a.compute == pytest.approx(b.compute, abs=2)
+            assert a.straggler - b.straggler == pytest.approx(0.05 * slowest, rel=0.05, abs=100)
+
+
+@given(rows=st.integers(1, 80), context=st.integers(1, 20_000), uneven=st.sampled_from([0.0, 0.03]))
+def test_steps_of_ranks_that_are_late_in_turns_are_worked_out_alike(rows: int, context: int, uneven: float) -> None:
+    """Law 9: one by one or all at once."""
+    model = corrected(BASE, Corrections({}, uneven=uneven), 1)
+    at_once = model.decode_run(0, 0, rows, context, 20)
+    one_by_one = stepwise_run(model, 0, 0, rows, context, 20)
+    assert at_once.host == one_by_one.host
+    assert (at_once.busy == one_by_one.busy).all() and (at_once.shards == one_by_one.shards).all()
 
 
 def test_what_the_spans_never_did_stays_near_what_they_did() -> None:
@@ -136,12 +180,13 @@ def test_spans_of_unknown_batches_say_nothing() -> None:
     rest=st.tuples(*[st.floats(0.0, 20.0)] * 4),
     base=st.tuples(*[st.integers(0, 3000)] * 4),
     more=st.tuples(*[st.integers(0, 500)] * 4),
+    uneven=st.sampled_from([None, 0.0, 0.07]),
 )
 def test_whatever_a_fit_finds_more_work_never_takes_less(
-    factors: list[float], rest: tuple[float, ...], base: tuple[int, ...], more: tuple[int, ...]
+    factors: list[float], rest: tuple[float, ...], base: tuple[int, ...], more: tuple[int, ...], uneven: float | None
 ) -> None:
-    changed = Corrections({"cpu:0": Factors(tuple(factors), *rest), "cpu:1": Factors()}, host_ns=5, error=0.1)
-    model = corrected(BASE, changed, 1)
+    fits = {"cpu:0": Factors(tuple(factors), *rest), "cpu:1": Factors()}
+    model = corrected(BASE, Corrections(fits, host_ns=5, uneven=uneven, error=0.1), 1)
 
     def shape(v: tuple[int, ...]) -> BatchShape:
         return BatchShape(v[0], v[1], v[2], v[3], v[2], 0, 0)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from evener.cli.main import app
 from evener.cost.base import BatchShape
+from evener.cost.fitted import KNOTS, Corrections, Factors, corrected
 from evener.engine.events import Answer
 from evener.engine.request import Request
 from evener.errors import InvalidInput
@@ -104,6 +105,31 @@ def test_a_fit_finds_what_the_model_did_not_know(tmp_path: Path) -> None:
     assert before["output tok/s"].error is not None and before["output tok/s"].error > 0.2
     for what in ("output tok/s", "TTFT mean, ms", "TPOT mean, ms", "E2E p90, ms"):
         assert after[what].error == pytest.approx(0, abs=0.03), after[what]
+
+
+def test_several_recordings_make_one_fit(tmp_path: Path) -> None:
+    """All their batches count; those of another plan are refused by name."""
+    written, costs = header(FOUR[:2], 2, 1, 1)
+    for k in range(2):
+        write_recording(tmp_path / f"fit{k}", written, costs, traffic(k, 40))
+    paths = [tmp_path / "fit0", tmp_path / "fit1"]
+    each = [observe(path).corrections().batches for path in paths]
+    assert observe(*paths).corrections().batches == sum(each)
+    write_recording(tmp_path / "other", *header(FOUR[:2], 1, 2, 1), traffic(1, 40))
+    with pytest.raises(InvalidInput, match="other is of another plan"):
+        observe(*paths, tmp_path / "other")
+
+
+def test_a_back_test_decides_as_the_run_did(tmp_path: Path) -> None:
+    """Chunks were cut by what the run believed of its devices, whatever is known of them by now."""
+    written, believed = header(FOUR[:2], 1, 2, 1)
+    dear = Factors(rows=tuple(6.0 if rows < 64 else 1.0 for rows in KNOTS))
+    truth = corrected(believed, Corrections(dict.fromkeys(FOUR[:2], dear)), 1)
+    write_recording(tmp_path / "run", written, believed, traffic(5, 60), truth=truth)
+    read = read_traffic(tmp_path / "run")
+    did, said = achieved(read, replay(tmp_path / "run")), predicted(read, truth)
+    for line in set_beside(said, did):
+        assert line.predicted == pytest.approx(line.achieved, abs=0.5 if line.share else 1e-6), line
 
 
 def test_what_others_took_slows_a_prediction_down(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`evener replay`: a recorded run again, decision by decision, or as the cost model would have predicted it."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +41,8 @@ def replay(
         ),
     ] = None,
     fit_on: Annotated[
-        Path | None, typer.Option(help="fitted: the recording to fit on, of the same plan.", show_default="RECORD")
+        list[Path] | None,
+        typer.Option(help="fitted: a recording to fit on, of the same plan. Repeatable.", show_default="RECORD"),
     ] = None,
     skip: Annotated[int, typer.Option(min=0, help="Prediction: leave out so many first requests, a warm-up.")] = 0,
     with_contention: Annotated[
@@ -57,11 +59,11 @@ def replay(
     predicts for the same arrivals.
     """
     bounds = parse_slo(slo) if slo is not None else None
-    if with_cost_model is None and (fit_on is not None or skip or slo is not None or with_contention):
+    if with_cost_model is None and (fit_on or skip or slo is not None or with_contention):
         raise InvalidInput(
             "--fit-on, --skip, --slo and --with-contention are for a prediction; give --with-cost-model too"
         )
-    if fit_on is not None and with_cost_model != "fitted":
+    if fit_on and with_cost_model != "fitted":
         raise InvalidInput(f"--fit-on is for --with-cost-model fitted, not {with_cost_model}")
     done = run_again(record)
     figures: dict[str, Any] = {"steps": done.steps, "batches": done.batches, "spans": done.spans}
@@ -80,7 +82,7 @@ def replay(
             _draw([(record.name, account)] if account is not None else [], plot, "Where every device-second went")
         return
     traffic = read_traffic(record, skip)
-    costs, note = _costs(with_cost_model, traffic.header, fit_on or record, record)
+    costs, note = _costs(with_cost_model, traffic.header, fit_on or [record], record)
     did = achieved(traffic, done, bounds)
     said = predicted(traffic, costs, bounds, others_took(traffic, done) if with_contention else ())
     lines = set_beside(said, did)
@@ -101,19 +103,19 @@ def _say(json: bool, figures: dict[str, Any], text: str) -> None:
         print(text)
 
 
-def _costs(kind: str, header: Header, fit_on: Path, record: Path) -> tuple[CostModel, str]:
+def _costs(kind: str, header: Header, fit_on: Sequence[Path], record: Path) -> tuple[CostModel, str]:
     """The cost model to predict with, and what to call it."""
     if kind not in MODELS:
         raise InvalidInput(f"--with-cost-model {kind!r} is not one of {', '.join(MODELS)}")
     if kind == "recorded":
         return recorded_costs(header), "the cost model of the run"
     if kind == "fitted":
-        fitted = observe(fit_on).fit(header.costs["version"] + 1)
+        fitted = observe(*fit_on).fit(header.costs["version"] + 1)
         if fitted.plan != header.plan:
-            raise InvalidInput(f"--fit-on {fit_on} ran another plan ({fitted.plan.name}); fit on a run of the same")
+            raise InvalidInput(f"--fit-on {fit_on[0]} ran another plan ({fitted.plan.name}); fit on a run of the same")
         error = f", {fitted.error():.1%} off on spans it did not see" if fitted.error() is not None else ""
-        own = " (itself: give --fit-on for a test)" if fit_on == record else ""
-        return fitted, f"a model fitted on {fit_on.name}{own}{error}"
+        own = " (itself: give --fit-on for a test)" if record in fit_on else ""
+        return fitted, f"a model fitted on {', '.join(path.name for path in fit_on)}{own}{error}"
     devices = header.cluster.devices
     profile = default_profile(devices) if kind == "default" else load_profile(header.cluster)
     if profile is None:

@@ -10,7 +10,8 @@ Operations fall into classes, and each class of each device has a factor on what
     chunk     what every prefill chunk takes
 
 All-reduces and sends get a line by size instead (time per operation, time per byte), the host of devices that wait for
-it a time per batch and one per change. Where no batch says anything about a class, its factor stays near the others'.
+it a time per batch and one per change, and ranks that are late in turns a part of what the slowest computes. Where no
+batch says anything about a class, its factor stays near the others'.
 """
 
 from collections.abc import Mapping
@@ -146,6 +147,8 @@ class Corrections(Struct, frozen=True):
     """These replace the base model's for as many ranks."""
     host_ns: int | None = None
     """Per batch, of devices without `Rates.step_ns`; None: as the base model says."""
+    uneven: float | None = None
+    """As in Profile; None: as the base model says."""
     error: float = 0.0
     """Median relative error of a shard's compute time, on batches that the fit did not see."""
     base_error: float = 0.0
@@ -161,7 +164,8 @@ def corrected(base: RooflineCostModel, corrections: Corrections, version: int) -
     def profile(given: Profile) -> Profile:
         kept = tuple(c for c in given.collectives if c.ranks not in fitted)
         host = given.host_ns if corrections.host_ns is None else corrections.host_ns
-        return structs.replace(given, collectives=corrections.collectives + kept, host_ns=host)
+        uneven = given.uneven if corrections.uneven is None else corrections.uneven
+        return structs.replace(given, collectives=corrections.collectives + kept, host_ns=host, uneven=uneven)
 
     return base.changed(
         version,

@@ -198,6 +198,9 @@ class Profile(Struct, frozen=True):
     """`published`: some devices by their makers' peaks; `default`: assumed figures, nothing was measured."""
     host_ns: int = 300_000
     """Assumed control time per batch that a device without `Rates.step_ns` cannot hide, until live spans replace it."""
+    uneven: float = 0.0
+    """Part of the slowest rank's compute that ranks of a stage wait for each other besides, late in turns; live spans
+    tell it."""
     missing: tuple[str, ...] = ()
     """What could not be measured and is assumed instead, with the reason."""
     notes: tuple[str, ...] = ()

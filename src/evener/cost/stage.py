@@ -93,12 +93,13 @@ class StageTables:
             for c, sh in zip(costs, stage.shards, strict=True)
         ]
         moving = 2 * layers * collective(activations)
+        uneven = 1.0 + profile.uneven if ranks > 1 else 1.0
         # A worker that takes its own time for a batch (`step_ns`) waits for no host besides.
         self.host_ns = 0 if all(c.rates.step_ns > 0 for c in costs) else profile.host_ns
-        whole = _slowest(ffn) + np.where(rows > 0, float(self.host_ns), 0.0)
+        whole = uneven * _slowest(ffn) + np.where(rows > 0, float(self.host_ns), 0.0)
         if first:
             embed = [c.embed_rows(rows, size(sh.embed_rows)) for c, sh in zip(costs, stage.shards, strict=True)]
-            whole = whole + _slowest(embed)
+            whole = whole + uneven * _slowest(embed)
             ffn = [a + b for a, b in zip(ffn, embed, strict=True)]
             moving = moving + collective(activations)
         if not last:
@@ -112,25 +113,27 @@ class StageTables:
         if last:
             head = [c.head_rows(rows, size(sh.head_rows)) for c, sh in zip(costs, stage.shards, strict=True)]
             choice = collective(rows * CANDIDATE_BYTES)
-            self.by_sampled, self.moving_sampled = _table(_slowest(head) + choice), _table(choice)
+            self.by_sampled, self.moving_sampled = _table(uneven * _slowest(head) + choice), _table(choice)
         self.shards: list[tuple[list[int], float, float]] = []
-        """Per unlike shard: attention block by rows, nanoseconds per pair, nanoseconds per key; over all layers."""
+        """Per unlike shard: attention block by rows, nanoseconds per pair, nanoseconds per key; over all layers, and
+        with what ranks that are late in turns add."""
         self.own: list[OwnTimes] = []
         for cost, sh, of_rows, of_sampled in zip(costs, stage.shards, ffn, head, strict=True):
             heads, kv = size(sh.heads), size(sh.kv_heads(model))
-            block = _table(layers * cost.attention_rows(rows, heads, kv))
-            attention = (block, layers * cost.pair_ns(heads), layers * cost.key_ns(heads, kv))
-            if (heads or not self.shards) and attention not in self.shards:
-                self.shards.append(attention)
+            times = layers * cost.attention_rows(rows, heads, kv)
+            attention = (_table(times), layers * cost.pair_ns(heads), layers * cost.key_ns(heads, kv))
+            waited_for = (_table(uneven * times), uneven * attention[1], uneven * attention[2])
+            if (heads or not self.shards) and waited_for not in self.shards:
+                self.shards.append(waited_for)
             chunk_ns = round(CHUNK_OPS * cost.rates.op_ns * cost.stretch)
             self.own.append(OwnTimes(*attention, _table(of_rows), _table(of_sampled), chunk_ns, cost.lost))
-        self.alike = all(own == self.own[0] for own in self.own)
-        """Every shard takes as long as the first: an equal split over equal devices."""
+        self.alike = uneven == 1.0 and all(own == self.own[0] for own in self.own)
+        """Every shard takes as long as the first, and as the stage: an equal split over equal devices."""
         self.sharing = any(own.lost > 0 for own in self.own)
         """Some workers wait for others on their core."""
         self.steps: dict[int, Steps] = {}
         """By rows, as they are asked for."""
-        self.chunk_ns = max(round(CHUNK_OPS * c.rates.op_ns * c.stretch) for c in costs)
+        self.chunk_ns = max(round(uneven * CHUNK_OPS * c.rates.op_ns * c.stretch) for c in costs)
         self.pipe_delay_ns = 0 if last else round(max((link.delay for link in pipe), default=0.0) * 1e9)
 
 

@@ -57,6 +57,10 @@ class Refit:
         self._moves: dict[int, deque[tuple[int, int, int]]] = {}
         """Ranks -> (operations, bytes, nanoseconds); a send counts as two ranks."""
         self._hosts: deque[HostObservation] = deque(maxlen=KEPT)
+        self._open: dict[tuple[int, int, int], list[Span]] = {}
+        """Stage of a batch -> what its ranks did, until all have told."""
+        self._turns: deque[tuple[int, int]] = deque(maxlen=KEPT)
+        """What every rank waited for others at least, and what the slowest computed."""
 
     def issued(self, replica: int, batch_id: int, made_of: MakeUp) -> None:
         """A batch was handed over. Call it before its spans."""
@@ -73,11 +77,24 @@ class Refit:
         seen = self._seen.setdefault(at, deque(maxlen=KEPT))
         seen.append(Observation(*at, made_of.shape, span.compute, span.repeat))
         ranks = len(self.base.plan.replicas[span.replica].stages[span.stage].shards)
+        if ranks > 1:
+            self._wait(span, ranks)
         for part in span.traffic:
             size = ranks if part.op in _REDUCE else 2 if part.op in _SEND else 0
             if size > 1 and part.count and part.moving > 0:
                 self._moves.setdefault(size, deque(maxlen=KEPT)).append((part.count, part.nbytes, part.moving))
         self._since += span.rank == 0 and span.stage == 0
+
+    def _wait(self, span: Span, ranks: int) -> None:
+        """Where even the rank that waited the least has waited, all were late in turns."""
+        at = span.replica, span.stage, span.batch_id
+        told = self._open.setdefault(at, [])
+        told.append(span)
+        if len(told) == ranks:
+            del self._open[at]
+            self._turns.append((min(s.straggler for s in told), max(s.compute for s in told)))
+        elif len(self._open) > KEPT:
+            del self._open[next(iter(self._open))]
 
     def host(self, ns: int, changes: int) -> None:
         """Control time of a batch, and how many rows it changed or sampled."""
@@ -105,7 +122,7 @@ class Refit:
             errors += off
             base_errors += base_off
         return Corrections(
-            devices, self._collectives(), self._host_ns(), median(errors), median(base_errors),
+            devices, self._collectives(), self._host_ns(), self._uneven(), median(errors), median(base_errors),
             sum(len(seen) for seen in self._seen.values()),
         )  # fmt: skip
 
@@ -150,6 +167,12 @@ class Refit:
             out.append(Collective("fitted", ranks, points))
         return tuple(out)
 
+    def _uneven(self) -> float | None:
+        """In total, as throughput is made of totals."""
+        if len(self._turns) < LEAST:
+            return None
+        return sum(waited for waited, _ in self._turns) / sum(computed for _, computed in self._turns)
+
     def _host_ns(self) -> int | None:
         """A time per batch and one per change, at the usual number of changes."""
         if len(self._hosts) < LEAST:
@@ -181,6 +204,8 @@ def describe(corrections: Corrections) -> list[str]:
         rows = " ".join(f"{k}:{x:.2f}" for k, x in zip(KNOTS, f.rows, strict=True))
         rest = " ".join(f"{c}:{getattr(f, c):.2f}" for c in CLASSES)
         lines.append(f"{name}: rows {rows} {rest}")
+    if corrections.uneven:
+        lines.append(f"ranks late in turns: {corrections.uneven:.1%} of what the slowest computes")
     lines.append(
         f"held-out error {corrections.error:.1%} (before: {corrections.base_error:.1%}), {corrections.batches} spans"
     )
