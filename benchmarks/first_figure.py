@@ -13,6 +13,7 @@ import msgspec
 
 from common import ROOT, SHARED, markdown, save
 from evener.api import make_options
+from evener.cli.paths import check_picture
 from evener.spec.cluster import parse_device
 from evener.workload.bars import plot_ledgers
 from evener.workload.compare import Case, compare, requests_of, warm_up_of
@@ -32,6 +33,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--simulate", action="store_true", help="predict it instead; nothing is saved but the picture")
     args = parser.parse_args()
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    check_picture(args.picture, "--picture")
 
     trace = f"trace={args.trace},requests={args.requests},context={args.context}"
     requests = [msgspec.structs.replace(r, arrival_s=0.0) for r in requests_of(parse_traffic(trace))]
@@ -51,7 +54,6 @@ def main() -> None:
         progress=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     print(markdown(["", *(r.name for r in results)], [[what, *cells] for what, cells in table(results)]))
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
     how = "Simulated" if args.simulate else "Live"
     plot_ledgers(
         [(f"{r.name}: {r.report.output_tok_s:.0f} tok/s", r.account) for r in results], args.picture,

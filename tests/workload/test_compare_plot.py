@@ -1,11 +1,13 @@
 """Ledgers as a picture."""
 
 import itertools
+import sys
 from pathlib import Path
 
 import pytest
 from tests.laws.traffic import SimpleCosts
 
+from evener.cli.paths import check_picture
 from evener.cost.base import BatchShape
 from evener.errors import InvalidInput
 from evener.ledger.account import Account
@@ -65,3 +67,14 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(InvalidInput, match="cannot write"):
         plot_ledgers([("a", account(1))], tmp_path / "nowhere" / "a.png", "title")
+
+
+def test_what_cannot_be_drawn_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_picture(None, "--plot")
+    with pytest.raises(InvalidInput, match="no directory"):
+        check_picture(tmp_path / "nowhere" / "a.png", "--plot")
+    with pytest.raises(InvalidInput, match=r"--plot .*\.png, \.svg, \.pdf"):
+        check_picture(tmp_path / "a.gif", "--plot")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InvalidInput, match="needs matplotlib"):
+        check_picture(tmp_path / "a.png", "--plot")

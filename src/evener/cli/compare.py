@@ -16,7 +16,7 @@ from evener.api import EngineOptions
 from evener.cli.cases import read_cases
 from evener.cli.elsewhere import compare_elsewhere
 from evener.cli.engine_options import said, with_engine_options
-from evener.cli.paths import check_folder
+from evener.cli.paths import check_picture
 from evener.errors import InvalidInput
 from evener.workload.bars import plot_ledgers
 from evener.workload.compare import Case, Compared, requests_of, warm_up_of
@@ -58,7 +58,7 @@ def compare(
     bounds = parse_slo(slo) if slo is not None else None
     given = {name for name in said(ctx) if name in EngineOptions.__struct_fields__}
     listed = read_cases(case or (), cases, options, given) or [Case("as given", options, frozenset(given))]
-    check_folder(plot, "--plot")
+    check_picture(plot, "--plot")
 
     def progress(text: str) -> None:
         print(f"evener: {text}", file=sys.stderr, flush=True)

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from evener.errors import InvalidInput
+from evener.workload.bars import FORMATS
 
 
 def check_folder(path: Path | None, option: str) -> None:
@@ -16,6 +18,17 @@ def check_folder(path: Path | None, option: str) -> None:
         raise InvalidInput(f"{option} {path}: there is no directory {folder}; make it first")
     if path.is_dir():
         raise InvalidInput(f"{option} {path} is a directory; name a file in it")
+
+
+def check_picture(path: Path | None, option: str) -> None:
+    """Raise InvalidInput unless a picture of this name could be drawn: what it shows may take minutes to find out."""
+    if path is None:
+        return
+    check_folder(path, option)
+    if path.suffix.lower() not in FORMATS:
+        raise InvalidInput(f"{option} {path}: the ending {path.suffix!r} is none of {', '.join(FORMATS)}")
+    if find_spec("matplotlib") is None:
+        raise InvalidInput(f"{option} needs matplotlib; install it with pip install 'evener[plot]'")
 
 
 @contextmanager

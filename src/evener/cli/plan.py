@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from evener.cli import shared_options
-from evener.cli.paths import check_folder, writing
+from evener.cli.paths import check_folder, check_picture, writing
 from evener.cli.plan_output import choice_json, serve_command, show_assessments, show_choice, show_sizes
 from evener.errors import InvalidInput
 from evener.plan.assess import assess as judge
@@ -105,8 +105,7 @@ def plan(
         policy=policy,
         costs=costs,
     )
-    for path, option in ((output, "--output"), (plot, "--plot")):
-        check_folder(path, option)
+    check_folder(output, "--output")
     if emit is not None and emit not in ENGINES:
         raise InvalidInput(f"--emit {emit!r} is not one of {', '.join(ENGINES)}")
     if size and (assess or emit or what_if or output or plot):
@@ -116,6 +115,7 @@ def plan(
         )
     if emit and (assess or what_if):
         raise InvalidInput("--emit prints commands for the chosen plan; leave out --assess and --what-if")
+    check_picture(plot, "--plot")
     problem = check_objective(make_problem(options))
     layouts = [parse_layout(text) for text in assess or ()]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

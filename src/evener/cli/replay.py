@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evener.cli.beside import print_lines
+from evener.cli.paths import check_picture
 from evener.cost.base import CostModel
 from evener.cost.rates import bind, default_profile
 from evener.cost.roofline import RooflineCostModel
@@ -58,6 +59,7 @@ def replay(
     Exits with 1 at the first command that differs. With a cost model, it sets beside what happened what the simulator
     predicts for the same arrivals.
     """
+    check_picture(plot, "--plot")
     bounds = parse_slo(slo) if slo is not None else None
     if with_cost_model is None and (fit_on or skip or slo is not None or with_contention):
         raise InvalidInput(

@@ -13,7 +13,7 @@ from evener.units import NS_PER_S
 LEAST = 0.004
 """A cause has a place in the legend when it takes this share of some device's time."""
 MOST_BARS = 64
-_FORMATS = (".png", ".svg", ".pdf")
+FORMATS = (".png", ".svg", ".pdf")
 
 
 def plot_ledgers(
@@ -29,8 +29,8 @@ def plot_ledgers(
 
     Raises InvalidInput when matplotlib is not installed, the ending is another, or there are too many devices to read.
     """
-    if path.suffix.lower() not in _FORMATS:
-        raise InvalidInput(f"cannot draw {path}: the ending {path.suffix!r} is none of {', '.join(_FORMATS)}")
+    if path.suffix.lower() not in FORMATS:
+        raise InvalidInput(f"cannot draw {path}: the ending {path.suffix!r} is none of {', '.join(FORMATS)}")
     bars = sum(len(account.devices) for _, account in ledgers)
     if bars > MOST_BARS:
         raise InvalidInput(f"{bars} devices make an unreadable picture, the limit is {MOST_BARS}; compare fewer")
