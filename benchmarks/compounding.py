@@ -6,7 +6,7 @@ pre-training). What a combination loses is the share of device time that compute
 (all causes but useful ones and `no_demand`); were the effects independent, shares lost would add up. What its users
 feel is the mean time to the last token over that of the undisturbed run; independent effects would multiply.
 
-    python benchmarks/compounding.py [--requests 600] [--figure results/compounding.png]
+    python benchmarks/compounding.py [--requests 600] [--figure docs/images/compounding.png]
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from common import RESULTS, markdown, save
+from common import ROOT, markdown, save
 from evener.brain import Brain, BrainConfig
 from evener.cost.published import cluster_profile
 from evener.cost.rates import bind
@@ -148,7 +148,7 @@ def slower(results: dict[frozenset[str], dict[str, Any]], on: frozenset[str]) ->
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=600)
-    parser.add_argument("--figure", type=Path, default=RESULTS / "compounding.png")
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "images" / "compounding.png")
     args = parser.parse_args()
     combinations = [frozenset(c) for n in range(len(FACTORS) + 1) for c in itertools.combinations(FACTORS, n)]
     results = {on: run(on, args.requests) for on in combinations}

@@ -37,6 +37,8 @@ class Challenge:
     benchmark: str
     figure: Figure | None
     """None: this version does not do it."""
+    picture: str = ""
+    """In docs/images."""
 
 
 def share(account: dict[str, Any], *causes: Cause) -> float:
@@ -109,6 +111,22 @@ def collectives(results: dict[str, Any]) -> str:
     )
 
 
+def together(results: dict[str, Any]) -> str:
+    """What each challenge of the factorial run adds alone, and all of them."""
+    found = results["results"]
+    none, every = found["none"], found[max(found, key=lambda name: name.count("+"))]
+    singles = {name: r for name, r in found.items() if "+" not in name and name != "none"}
+    lost = ", ".join(f"{name} {100 * r['lost']:.0f}%" for name, r in singles.items())
+    added = none["lost"] + sum(r["lost"] - none["lost"] for r in singles.values())
+    return (
+        f"Of the device time while there is work, {100 * none['lost']:.0f}% is lost with none of them; {lost}; with "
+        f"all {100 * every['lost']:.0f}% ({100 * added:.0f}% if the single effects added up: who waits for one does not "
+        f"wait for another). The mean time to the last token grows {every['mean_e2e_ms'] / none['mean_e2e_ms']:.1f} "
+        "times. "
+        "Simulated; two corners live: `benchmarks/compounding_live.py`."
+    )
+
+
 CHALLENGES = (
     Challenge(
         "Data parallel", "Equal shards of a fixed batch, in lockstep.",
@@ -166,6 +184,12 @@ CHALLENGES = (
         (Cause.NO_DEMAND,), "Sets idle time apart from every loss, and says how much more traffic there is room for.",
         "planted_losses", room,
     ),
+    Challenge(
+        "All of them at once", "Equal batches on equal devices: none of them.",
+        "Lengths vary, requests come in bursts, devices and links are unlike, all at the same time.",
+        (Cause.BUBBLE, Cause.STRAGGLER, Cause.TRANSFER),
+        "The simulator tells what each adds to a plan, alone and together.", "compounding", together, "compounding.png",
+    ),
 )  # fmt: skip
 
 
@@ -194,7 +218,7 @@ def measured_on(benchmark: str) -> str:
 def present() -> dict[str, str]:
     """Heading -> figure, as the page has them now."""
     page = TARGET.read_text() if TARGET.exists() else ""
-    return {part.partition("\n")[0]: part.partition(FIGURE)[2].strip() for part in page.split("\n## ")[1:]}
+    return {part.partition("\n")[0]: part.partition(FIGURE)[2].partition("\n")[0] for part in page.split("\n## ")[1:]}
 
 
 def text() -> str:
@@ -223,6 +247,7 @@ def text() -> str:
             f"{FIGURE}{figure}",
             "",
         ]
+        out += [f"![{row.strategy}](images/{row.picture})", ""] if row.picture else []
     return "\n".join(out).rstrip() + "\n"
 
 
