@@ -117,12 +117,12 @@ def together(results: dict[str, Any]) -> str:
     none, every = found["none"], found[max(found, key=lambda name: name.count("+"))]
     singles = {name: r for name, r in found.items() if "+" not in name and name != "none"}
     lost = ", ".join(f"{name} {100 * r['lost']:.0f}%" for name, r in singles.items())
+    longer = every["mean_e2e_ms"] / none["mean_e2e_ms"]
     added = none["lost"] + sum(r["lost"] - none["lost"] for r in singles.values())
     return (
         f"Of the device time while there is work, {100 * none['lost']:.0f}% is lost with none of them; {lost}; with "
-        f"all {100 * every['lost']:.0f}% ({100 * added:.0f}% if the single effects added up: who waits for one does not "
-        f"wait for another). The mean time to the last token grows {every['mean_e2e_ms'] / none['mean_e2e_ms']:.1f} "
-        "times. "
+        f"all {100 * every['lost']:.0f}% ({100 * added:.0f}% if the single effects added up: who waits for one does "
+        f"not wait for another). The mean time to the last token grows {longer:.1f} times. "
         "Simulated; two corners live: `benchmarks/compounding_live.py`."
     )
 
