@@ -57,7 +57,7 @@ def test_a_trace(url: str, tmp_path: Path) -> None:
     assert ledger(url, "--trace", str(path)).returncode == 0
     assert json.loads(path.read_text())["traceEvents"]
     refused = ledger(url, "--trace", str(tmp_path / "missing" / "trace.json"))
-    assert refused.returncode == 2 and "writable" in refused.stderr
+    assert refused.returncode == 2 and "cannot be written" in refused.stderr
 
 
 def test_live_in_a_terminal(url: str) -> None:
