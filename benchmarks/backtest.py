@@ -151,7 +151,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, default=SHARED / "traces" / "azure2023_conv.csv")
     parser.add_argument("--requests", type=int, default=300, help="to predict")
-    parser.add_argument("--calibrate", type=int, default=100, help="requests after these, that the fit sees")
+    parser.add_argument(
+        "--calibrate", type=int, default=200, help="requests after these, for the fit; they fill all slots"
+    )
     parser.add_argument("--dtype", default="int8", help="of weights and KV cache")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3, help="live runs of each")
