@@ -128,6 +128,23 @@ def test_ranks_that_are_late_in_turns_are_waited_for() -> None:
             assert a.straggler - b.straggler == pytest.approx(0.05 * slowest, rel=0.05, abs=100)
 
 
+def test_what_one_run_left_open_is_no_part_of_the_next() -> None:
+    """Batches of two recordings have the same numbers; a rank of one does not wait for a rank of the other."""
+    refit, zero, shape = Refit(BASE), Nanoseconds(0), BatchShape(decode_rows=8, decode_context=800, sampled_rows=8)
+
+    def told(number: int, rank: int, waited: int) -> None:
+        took, late = Nanoseconds(1000), Nanoseconds(waited)
+        refit.span(Span(0, 0, rank, 0, number, zero, took, took, took, zero, late, zero, zero))
+
+    refit.issued(0, 0, MakeUp(shape))
+    told(0, 0, 900)  # the recording ends here
+    for number in range(LEAST):
+        refit.issued(0, number, MakeUp(shape))
+        told(number, 1, 900)
+        told(number, 0, 100)
+    assert refit.corrections().uneven == pytest.approx(0.1)
+
+
 @given(rows=st.integers(1, 80), context=st.integers(1, 20_000), uneven=st.sampled_from([0.0, 0.03]))
 def test_steps_of_ranks_that_are_late_in_turns_are_worked_out_alike(rows: int, context: int, uneven: float) -> None:
     """Law 9: one by one or all at once."""

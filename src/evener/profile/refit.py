@@ -65,6 +65,8 @@ class Refit:
     def issued(self, replica: int, batch_id: int, made_of: MakeUp) -> None:
         """A batch was handed over. Call it before its spans."""
         self._made_of[replica, batch_id] = made_of
+        for stage in range(len(self.base.plan.replicas[replica].stages)):
+            self._open.pop((replica, stage, batch_id), None)  # of an earlier run, which ended within it
         if len(self._made_of) > KEPT:
             del self._made_of[next(iter(self._made_of))]
 
