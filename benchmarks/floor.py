@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 from common import markdown, save
 from evener.api import Prepared
+from evener.ledger.causes import Cause
 from evener.spec.memory import matrix_bytes
 from evener.workload.rehearse import Rehearsal
 from evener.workload.requests import TimedRequest
-from steady import engine, equal, losses, rates, run, weights
+from steady import engine, equal, losses, rates, run, share_of, weights
 
 PREFILL, ROWS, STEPS = 512, 64, 192
 
@@ -75,9 +76,10 @@ def main() -> None:
                 if len(found[case.name]) == args.rounds:
                     tokens, rate = (median(x) for x in zip(*found[case.name], strict=True))
                     share = f"{100 * rate / case.peak:.0f}%"
-                    rows.append([layout, case.name, tokens, rate, case.peak, case.unit, share, losses(done)])
+                    host = f"{100 * share_of(done, Cause.HOST):.2f}%"
+                    rows.append([layout, case.name, tokens, rate, case.peak, case.unit, share, host, losses(done)])
                     print(rows[-1], flush=True)
-    table = ["layout", "case", "tok/s", "achieved", "measured peak", "unit", "share", "where the time went"]
+    table = ["layout", "case", "tok/s", "achieved", "measured peak", "unit", "share", "host", "where the time went"]
     print(markdown(table, rows))
     save("floor", {"dtype": args.dtype, "rows": rows})
 

@@ -36,8 +36,9 @@ SCRIPT = {
     "w_tok_s": "a_out_tps",
     "pss_mb": "peak_pss_mb",
     "own_req_s": "b_rate",
-    "own_ttft_p99": "b_ttft_p99",
-    "own_tpot_p99": "b_tpot_p99",
+    **{f"own_{figure}_{p}": f"b_{figure}_{p}" for figure in ("ttft", "tpot") for p in ("p50", "p99")},
+    "common_req_s": "r_rate",
+    **{f"common_{figure}_{p}": f"r_{figure}_{p}" for figure in ("ttft", "tpot") for p in ("p50", "p99")},
 }
 """Our name of a figure -> the one that a script prints (`--script`)."""
 KEYS = (

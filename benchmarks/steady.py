@@ -53,11 +53,15 @@ def rates(prepared: Prepared) -> Rates:
     return profile.devices[0].rates(alone=len(prepared.plan.devices()) == 1)
 
 
+def share_of(done: Rehearsal, cause: Cause) -> float:
+    """Share of the devices' time with this cause, over all devices."""
+    devices = done.account.devices.values()
+    return sum(d.causes_ns[cause] for d in devices) / sum(d.wall_ns for d in devices)
+
+
 def losses(done: Rehearsal, most: int = 3) -> str:
     """The largest shares of the devices' time, over all devices, useful or not."""
-    devices = done.account.devices.values()
-    wall = sum(d.wall_ns for d in devices)
-    shares = {c: sum(d.causes_ns[c] for d in devices) / wall for c in Cause}
+    shares = {c: share_of(done, c) for c in Cause}
     best = sorted(shares, key=lambda c: -shares[c])[:most]
     return ", ".join(f"{c.label} {100 * shares[c]:.1f}%" for c in best)
 
