@@ -20,6 +20,7 @@ import numpy as np
 
 from common import ROOT, markdown, save
 from evener.brain import Brain, BrainConfig
+from evener.cli.paths import check_picture
 from evener.cost.published import cluster_profile
 from evener.cost.rates import bind
 from evener.cost.roofline import RooflineCostModel
@@ -28,7 +29,9 @@ from evener.execute.sim.body import Simulator
 from evener.execute.sim.figures import Figures
 from evener.execute.sim.traffic import SimRequest
 from evener.ledger.causes import N_CAUSES, USEFUL, Cause
+from evener.ledger.colours import COLOURS
 from evener.ledger.ledger import Ledger
+from evener.pictures import new_figure, save_figure
 from evener.plan.default import equal_plan
 from evener.spec.cluster import Cluster, Device, Link
 from evener.spec.model import ModelSpec
@@ -104,19 +107,10 @@ def run(on: frozenset[str], requests: int) -> dict[str, Any]:
 
 def figure(results: dict[frozenset[str], dict[str, Any]], path: Path) -> None:
     """Stacked causes of every combination, and where the sum of the single effects would be."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("no figure: matplotlib is not installed; pip install 'evener[plot]'", file=sys.stderr)
-        return
-    from evener.ledger.colours import COLOURS
-
     names = list(results)
     shown = [c for c in Cause if any(r["losses"].get(c.label, 0) > 0.004 for r in results.values())]
-    picture, axes = pyplot.subplots(figsize=(10, 5.2), layout="constrained")
+    picture = new_figure(10, 5.2, layout="constrained")
+    axes = picture.add_subplot()
     below = np.zeros(len(names))
     for cause in shown:
         part = np.array([100 * results[n]["losses"][cause.label] for n in names])
@@ -128,8 +122,7 @@ def figure(results: dict[frozenset[str], dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("device time lost while there is work, %")
     axes.set_title("Each challenge alone, and together: two stages of two ranks, equal split, fcfs (simulated)")
     axes.legend(fontsize=8, ncols=2)
-    path.parent.mkdir(exist_ok=True)
-    picture.savefig(path, dpi=130)
+    save_figure(picture, path, "--figure", dpi=130)
     print(f"wrote {path}", file=sys.stderr)
 
 
@@ -150,6 +143,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=600)
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "images" / "compounding.png")
     args = parser.parse_args()
+    args.figure.parent.mkdir(exist_ok=True)
+    check_picture(args.figure, "--figure")
     combinations = [frozenset(c) for n in range(len(FACTORS) + 1) for c in itertools.combinations(FACTORS, n)]
     results = {on: run(on, args.requests) for on in combinations}
     rows = []

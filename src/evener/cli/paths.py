@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 from evener.errors import InvalidInput
-from evener.workload.bars import FORMATS
+from evener.pictures import check_drawable
 
 
 def check_folder(path: Path | None, option: str) -> None:
@@ -25,10 +24,7 @@ def check_picture(path: Path | None, option: str) -> None:
     if path is None:
         return
     check_folder(path, option)
-    if path.suffix.lower() not in FORMATS:
-        raise InvalidInput(f"{option} {path}: the ending {path.suffix!r} is none of {', '.join(FORMATS)}")
-    if find_spec("matplotlib") is None:
-        raise InvalidInput(f"{option} needs matplotlib; install it with pip install 'evener[plot]'")
+    check_drawable(path, option)
 
 
 @contextmanager

@@ -2,23 +2,19 @@
 
 from pathlib import Path
 
-from evener.errors import InvalidInput
+from evener.pictures import check_drawable, new_figure, save_figure
 from evener.plan.planner import Choice
 
 
 def draw_front(choice: Choice, path: Path) -> None:
-    """Capacity against p90 TTFT and p90 TPOT, one mark per plan. Raises InvalidInput (no matplotlib, no such place)."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InvalidInput("--plot needs matplotlib; install it with `pip install evener[plot]`") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Capacity against p90 TTFT and p90 TPOT, one mark per plan. Raises InvalidInput (see `pictures`)."""
+    check_drawable(path, "--plot")
 
     named = {id(b.tried): b.name for b in choice.baselines if b.tried is not None}
     points = [choice.best, *choice.others]
     front = {id(t) for t in choice.front}
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharex=True, layout="constrained")
+    figure = new_figure(11, 4.5, layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True)
     for axis, what in zip(axes, ("ttft", "tpot"), strict=True):
         for t in points:
             colour = "C3" if t is choice.best else "C0" if id(t) in front else "0.6"
@@ -33,9 +29,4 @@ def draw_front(choice: Choice, path: Path) -> None:
     figure.suptitle(
         f"Chosen for {choice.goal}: {choice.best.plan.name} (red; blue: Pareto front; squares: usual layouts)"
     )
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"--plot {path}: {error}; give a path like front.png") from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path, "--plot", dpi=150)

@@ -8,12 +8,12 @@ from evener.errors import InvalidInput
 from evener.ledger.account import Account
 from evener.ledger.causes import Cause
 from evener.ledger.colours import COLOURS
+from evener.pictures import check_drawable, new_figure, save_figure
 from evener.units import NS_PER_S
 
 LEAST = 0.004
 """A cause has a place in the legend when it takes this share of some device's time."""
 MOST_BARS = 64
-FORMATS = (".png", ".svg", ".pdf")
 
 
 def plot_ledgers(
@@ -29,12 +29,12 @@ def plot_ledgers(
 
     Raises InvalidInput when matplotlib is not installed, the ending is another, or there are too many devices to read.
     """
-    if path.suffix.lower() not in FORMATS:
-        raise InvalidInput(f"cannot draw {path}: the ending {path.suffix!r} is none of {', '.join(FORMATS)}")
+    check_drawable(path, "the picture")
     bars = sum(len(account.devices) for _, account in ledgers)
     if bars > MOST_BARS:
         raise InvalidInput(f"{bars} devices make an unreadable picture, the limit is {MOST_BARS}; compare fewer")
-    figure, axes = _canvas(bars, len(ledgers))
+    figure = new_figure(10, 0.9 + 0.42 * bars + 0.4 * len(ledgers))
+    axes = figure.add_subplot()
     shown: set[Cause] = set()
     ticks: list[tuple[float, str]] = []
     y = 0.0
@@ -52,21 +52,7 @@ def plot_ledgers(
     axes.set_title(title, loc="left", fontsize=12, pad=10)
     if note:
         figure.text(0.01, -0.03, note, fontsize=7.5, color="#555555", ha="left", va="bottom")
-    try:
-        figure.savefig(path, dpi=110, bbox_inches="tight")
-    except OSError as error:
-        raise InvalidInput(f"cannot write {path}: {error.strerror}; give a path that can be written") from error
-
-
-def _canvas(bars: int, groups: int) -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InvalidInput("drawing needs matplotlib; install it with pip install 'evener[plot]'") from error
-    figure = Figure(figsize=(10, 0.9 + 0.42 * bars + 0.4 * groups))
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    save_figure(figure, path, "the picture", dpi=110, bbox_inches="tight")
 
 
 def _heading(name: str, account: Account) -> str:
