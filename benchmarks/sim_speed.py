@@ -2,10 +2,10 @@
 
 Llama-2-70B in fp16, two A100 80GB per replica (published peaks), 128 sequences, 512 tokens per batch, `fcfs`; lengths
 scaled to a context of 4,096. Seconds are processor time of one process on one core, set-up of the plan and the cost
-tables included, and every device-second accounted for. Vidur, on the machine this was first run on, took 16.9 s for
-10,000 requests on 1 replica and 29.3 s on 8, without metrics and after half an hour of training its predictor.
+tables included, and every device-second accounted for. Vidur stands beside it, on the same requests in the same rounds,
+without metrics and with its tables filled beforehand (see beside/vidur_on_trace.py): only its run counts.
 
-    python benchmarks/sim_speed.py [--only NAME ...] [--rounds 3]
+    python benchmarks/sim_speed.py [--only NAME ...] [--rounds 3] [--vidur FOLDER]
 """
 
 import argparse
@@ -15,8 +15,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,16 +58,17 @@ class Case(NamedTuple):
     """The trace, so many times as fast."""
     ledger: bool = True
     fast: bool = True
-    vidur_s: float | None = None
+    beside: bool = False
+    """Simulated by Vidur too."""
 
 
 CASES = {
-    "10,000 on 1": Case(1, 10_000, vidur_s=16.9),
-    "10,000 on 8": Case(8, 10_000, vidur_s=29.3),
-    "10,000 on 8, least requests": Case(8, 10_000, "least-requests", vidur_s=29.3),
-    "10,000 on 8, round robin": Case(8, 10_000, "round-robin", vidur_s=29.3),
-    "10,000 on 8, no ledger": Case(8, 10_000, ledger=False, vidur_s=29.3),
-    "10,000 on 8, no fast-forward": Case(8, 10_000, fast=False, vidur_s=29.3),
+    "10,000 on 1": Case(1, 10_000, beside=True),
+    "10,000 on 8": Case(8, 10_000, beside=True),
+    "10,000 on 8, least requests": Case(8, 10_000, "least-requests", beside=True),
+    "10,000 on 8, round robin": Case(8, 10_000, "round-robin", beside=True),
+    "10,000 on 8, no ledger": Case(8, 10_000, ledger=False, beside=True),
+    "10,000 on 8, no fast-forward": Case(8, 10_000, fast=False, beside=True),
     "whole trace on 1": Case(1, 19_366),
     "whole trace on 8": Case(8, 19_366),
     "whole trace on 64": Case(64, 19_366),
@@ -145,8 +148,26 @@ def child(name: str) -> dict[str, Any]:
     return result
 
 
+def vidur(folder: Path, requests: int, replicas: int) -> dict[str, Any]:
+    """The same requests through Vidur: its seconds and batches."""
+    with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+        file.write("arrived_at,num_prefill_tokens,num_decode_tokens\n")
+        for row in read_trace(TRACE).within(LLAMA_2_70B.max_position).rows[:requests]:
+            file.write(f"{row.arrival_s},{row.input_tokens},{row.output_tokens}\n")
+        file.flush()
+        script = Path(__file__).parent / "beside" / "vidur_on_trace.py"
+        command = [folder / ".venv/bin/python", script, file.name, "--replicas", str(replicas), "--folder", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        with suppress(json.JSONDecodeError):
+            result: dict[str, Any] = json.loads(line)
+            return result
+    raise BenchmarkFailed(f"Vidur: {done.stdout}{done.stderr}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vidur", type=Path, metavar="FOLDER", help="checkout of Vidur, to measure beside")
     parser.add_argument("--only", nargs="+", choices=CASES, help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="of cases below 100,000 requests; medians are shown")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
@@ -158,7 +179,12 @@ def main() -> int:
         print(json.dumps(run(CASES[args.case])))
         return 0
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in args.only or CASES}
+    compared = sorted({(CASES[n].requests, CASES[n].replicas) for n in rounds if CASES[n].beside and args.vidur})
+    peer: dict[tuple[int, int], list[dict[str, Any]]] = {size: [] for size in compared}
     for k in range(args.rounds):
+        for size, found in peer.items():
+            print(f"round {k + 1} of {args.rounds}: Vidur, {size[0]:,} on {size[1]}", file=sys.stderr, flush=True)
+            found.append(vidur(args.vidur, *size))
         for name, results in rounds.items():
             if k == 0 or CASES[name].requests < 100_000:
                 print(f"round {k + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
@@ -167,17 +193,27 @@ def main() -> int:
     for name, results in rounds.items():
         took = statistics.median(r["seconds"] for r in results)
         case, last = CASES[name], results[-1]
+        theirs = peer.get((case.requests, case.replicas), []) if case.beside else []
+        ratios = [v["seconds"] / r["seconds"] for v, r in zip(theirs, results, strict=bool(theirs))]
         rows.append(
             (
                 name, took, last["batches"], last["batches"] / took, 1e6 * took / case.requests,
-                case.vidur_s / took if case.vidur_s else None, round(last["peak_mib"]),
+                statistics.median(ratios) if ratios else None, round(last["peak_mib"]),
                 "yes" if last.get("closes") else "off" if "closes" not in last else "NO", round(last["virtual_s"]),
+            )
+        )  # fmt: skip
+    for (requests, replicas), found in peer.items():
+        took, made = statistics.median(v["seconds"] for v in found), found[-1]["batches"]
+        rows.append(
+            (
+                f"Vidur: {requests:,} on {replicas}", took, made, made / took, 1e6 * took / requests, 1.0, None, "none",
+                round(found[-1]["virtual_s"]),
             )
         )  # fmt: skip
     headers = ("requests, replicas", "CPU s", "batches", "batches/s", "us/request", "times Vidur", "peak MiB",
                "ledger closes", "virtual s")  # fmt: skip
     print(markdown(headers, rows))
-    save("sim_speed", {"rounds": rounds})
+    save("sim_speed", {"rounds": rounds, "vidur": [[*size, found] for size, found in peer.items()]})
     return 0
 
 

@@ -26,17 +26,18 @@ def test_linear(isa: str, rows: int, n: int, k: int, bias: bool) -> None:
 
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int8])
+groups = st.sampled_from([64, 128, 192, 256])
 VNNI = ("avx512vnni", "avx512bf16", "avx512amx")
 
 
-def grouped(x: torch.Tensor) -> torch.Tensor:
-    """[rows, groups, QUANT_GROUP], fp64, the last group padded with zeros."""
-    return F.pad(x, (0, -x.shape[1] % kernels.QUANT_GROUP)).unflatten(1, (-1, kernels.QUANT_GROUP)).double()
+def grouped(x: torch.Tensor, group: int) -> torch.Tensor:
+    """[rows, groups, group], fp64, the last group padded with zeros."""
+    return F.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group)).double()
 
 
-def weight_steps(w: torch.Tensor, isa: str) -> torch.Tensor:
+def weight_steps(w: torch.Tensor, isa: str, group: int) -> torch.Tensor:
     """The quantisation step of every element of a weight, fp64; with VNNI the next bf16 above it or that itself."""
-    groups = grouped(w)
+    groups = grouped(w, group)
     step = groups.abs().amax(-1, keepdim=True) / 127
     if isa in VNNI:
         bits = step.float().view(torch.int32)
@@ -44,21 +45,21 @@ def weight_steps(w: torch.Tensor, isa: str) -> torch.Tensor:
     return step.expand_as(groups).flatten(1)[:, : w.shape[1]]
 
 
-def input_steps(x: torch.Tensor, isa: str) -> torch.Tensor:
+def input_steps(x: torch.Tensor, isa: str, group: int) -> torch.Tensor:
     """The quantisation step of every input, fp64: of 16 bits, or with VNNI 254 of them from the least to the most."""
-    groups = grouped(x)
+    groups = grouped(x, group)
     step = groups.abs().amax(-1, keepdim=True) / 32767
     if isa in VNNI:
         step = (groups.amax(-1, keepdim=True).clamp_min(0) - groups.amin(-1, keepdim=True).clamp_max(0)) / 254
     return step.expand_as(groups).flatten(1)[:, : x.shape[1]]
 
 
-def check_packed(got: torch.Tensor, w: torch.Tensor, dtype: torch.dtype, isa: str) -> None:
+def check_packed(got: torch.Tensor, w: torch.Tensor, dtype: torch.dtype, isa: str, group: int) -> None:
     """fp32 and bf16 come back as they were rounded, int8 as a whole number of steps, the nearest."""
     if dtype is not torch.int8:
         assert torch.equal(got, w.to(dtype).float())
         return
-    step = weight_steps(w, isa)
+    step = weight_steps(w, isa, group)
     assert ((got.double() - w.double()).abs() <= 0.5001 * step).all()
     steps = got.double() / step.clamp_min(1e-300)
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
@@ -82,31 +83,33 @@ def test_linear_over_bf16(isa: str, rows: int, n: int, k: int, bias: bool, size:
 @use_fixture
 @given(
     rows=st.integers(1, 40), n=st.integers(1, 90), k=st.sampled_from([1, 3, 64, 70, 576, 641]), bias=st.booleans(),
-    size=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
+    size=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]), group=groups,
 )  # fmt: skip
-def test_linear_over_int8(isa: str, rows: int, n: int, k: int, bias: bool, size: float) -> None:
+def test_linear_over_int8(isa: str, rows: int, n: int, k: int, bias: bool, size: float, group: int) -> None:
     """Over the quantised weight the error is that of rounding the inputs: half a step of each group's scale."""
     x, w = torch.randn(rows, k), torch.randn(n, k) * size
     b = torch.randn(n) * size if bias else None
-    packed = kernels.pack_weight(w, torch.int8)
+    packed = kernels.pack_weight(w, torch.int8, group)
     quantised = packed.rows(torch.arange(n)).double()
-    check_packed(quantised.float(), w, torch.int8, isa)
+    check_packed(quantised.float(), w, torch.int8, isa, group)
     expected = F.linear(x.double(), quantised, None if b is None else b.double())
     got = kernels.linear(x, packed, b)
-    allowed = 0.51 * input_steps(x, isa) @ quantised.abs().T + 1e-5 * expected.abs() + 2e-6 * k * size
+    allowed = 0.51 * input_steps(x, isa, group) @ quantised.abs().T + 1e-5 * expected.abs() + 2e-6 * k * size
     assert ((got.double() - expected).abs() <= allowed).all()
 
 
 @use_fixture
-@given(rows=st.integers(1, 80), n=st.integers(1, 90), k=st.sampled_from([1, 64, 70, 576]), bias=st.booleans())
-def test_int8_by_tiles_gives_the_same_bits(isa: str, rows: int, n: int, k: int, bias: bool) -> None:
+@given(
+    rows=st.integers(1, 80), n=st.integers(1, 90), k=st.sampled_from([1, 64, 70, 576]), bias=st.booleans(), group=groups
+)
+def test_int8_by_tiles_gives_the_same_bits(isa: str, rows: int, n: int, k: int, bias: bool, group: int) -> None:
     """Tile registers hold the same integers, and what follows is done in the same order."""
     if isa != "avx512amx":
         return
     x, w, b = torch.randn(rows, k), torch.randn(n, k), torch.randn(n) if bias else None
-    by_tiles = kernels.linear(x, kernels.pack_weight(w, torch.int8), b)
+    by_tiles = kernels.linear(x, kernels.pack_weight(w, torch.int8, group), b)
     kernels.set_isa("avx512bf16")
-    without = kernels.linear(x, kernels.pack_weight(w, torch.int8), b)
+    without = kernels.linear(x, kernels.pack_weight(w, torch.int8, group), b)
     kernels.set_isa(isa)
     assert torch.equal(by_tiles, without)
 
@@ -125,10 +128,12 @@ def test_int8_of_nothing_and_of_what_is_not_finite(isa: str, more: int) -> None:
 
 
 @use_fixture
-@given(rows=st.integers(1, 30), n=st.integers(1, 70), threads=st.integers(1, 3), dtype=dtypes)
-def test_a_row_depends_on_nothing_else(isa: str, rows: int, n: int, threads: int, dtype: torch.dtype) -> None:
+@given(rows=st.integers(1, 30), n=st.integers(1, 70), threads=st.integers(1, 3), dtype=dtypes, group=groups)
+def test_a_row_depends_on_nothing_else(
+    isa: str, rows: int, n: int, threads: int, dtype: torch.dtype, group: int
+) -> None:
     """The same bits alone and in any batch, on any number of threads."""
-    x, w = torch.randn(rows, 700), kernels.pack_weight(torch.randn(n, 700), dtype)
+    x, w = torch.randn(rows, 700), kernels.pack_weight(torch.randn(n, 700), dtype, group)
     alone = torch.cat([kernels.linear(x[r : r + 1], w) for r in range(rows)])
     kernels.set_threads(threads)
     together = kernels.linear(x, w)
@@ -137,13 +142,13 @@ def test_a_row_depends_on_nothing_else(isa: str, rows: int, n: int, threads: int
 
 
 @use_fixture
-@given(n=st.integers(1, 90), k=st.sampled_from([1, 20, 64, 100]), dtype=dtypes, data=st.data())
-def test_rows_and_parts(isa: str, n: int, k: int, dtype: torch.dtype, data: st.DataObject) -> None:
+@given(n=st.integers(1, 90), k=st.sampled_from([1, 20, 64, 300]), dtype=dtypes, group=groups, data=st.data())
+def test_rows_and_parts(isa: str, n: int, k: int, dtype: torch.dtype, group: int, data: st.DataObject) -> None:
     """Rows come back as they were packed, and whole panels are a weight of their own."""
     w = torch.randn(n, k)
-    packed = kernels.pack_weight(w, dtype)
+    packed = kernels.pack_weight(w, dtype, group)
     index = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), max_size=8)), dtype=torch.int64)
-    check_packed(packed.rows(index), w[index], dtype, isa)
+    check_packed(packed.rows(index), w[index], dtype, isa, group)
     start = data.draw(st.integers(0, n - 1))
     stop = data.draw(st.integers(start + 1, n))
     part, at = packed.part(start, stop)
@@ -170,6 +175,25 @@ def test_other_dtypes_are_kept_as_they_are() -> None:
     assert packed.columns == 0 and packed.data is w
     x = torch.randn(2, 4).half()
     assert torch.equal(kernels.linear(x, packed), F.linear(x, w))
+
+
+@pytest.mark.parametrize("group", [0, 32, 96, 320])
+def test_a_group_that_no_kernel_has_is_refused(group: int) -> None:
+    with pytest.raises(ValueError, match=f"group {group} must be a multiple of 64 up to 256"):
+        kernels.pack_weight(torch.randn(5, 4), torch.int8, group)
+
+
+def test_sums_of_the_largest_integers_do_not_overflow(isa: str) -> None:
+    """All weights and inputs of a group at the ends of their ranges, at most rows of a tile and beyond."""
+    for group in (64, kernels.MAX_QUANT_GROUP):
+        w, x = torch.full((40, 512), -3.0), torch.full((20, 512), 5.0)
+        w[::2] *= -1
+        packed = kernels.pack_weight(w, torch.int8, group)
+        expected = F.linear(x.double(), packed.rows(torch.arange(40)).double())
+        torch.testing.assert_close(kernels.linear(x, packed).double(), expected, rtol=1e-2, atol=0)
+        x[:, ::2] = -5.0
+        expected = F.linear(x.double(), packed.rows(torch.arange(40)).double())
+        torch.testing.assert_close(kernels.linear(x, packed).double(), expected, rtol=0, atol=0.01 * 3 * 5 * 512)
 
 
 def test_int8_is_made_from_fp32() -> None:

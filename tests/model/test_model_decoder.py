@@ -149,8 +149,8 @@ def test_tied_rows_are_stored_once(checkpoint):
     model = StageModel(source, source.spec, stage, stage.shards[1], first_stage=True, last_stage=True, rank=1)
     embed, head = model.ends.embed, model.ends.head
     assert embed is not None and embed.size == v - 60 and head is not None and head.size == v - 20
-    storages = [table.weight.data.untyped_storage() for table in (embed, head)]
-    assert storages[0].data_ptr() == storages[1].data_ptr()
+    held = sorted((t.weight.data.data_ptr(), t.weight.data.nbytes) for t in (embed, head))
+    assert sum(held[0]) >= sum(held[1]), "one of them lies within the other"
 
 
 def test_other_dtypes_are_refused(checkpoint):

@@ -19,17 +19,20 @@ def load(source, stage, rank, first=True, last=True):
 
 
 def held(model):
-    """Bytes of distinct storage that the weights of a StageModel keep, without the padding of the last panels."""
+    """Bytes that the weights of a StageModel keep, without the padding of the last panels; what overlaps is one."""
     ends = [t.weight if isinstance(t, Table) else t for t in model.ends]
-    storages = {}
-    for w in [w for layer in model.layers for w in layer] + ends:
-        if w is None:
-            continue
-        packed = isinstance(w, PackedWeight)
-        data, count = (w.data, w.n * w.k) if packed else (w, w.numel())
-        at = data.untyped_storage().data_ptr()
-        storages[at] = max(storages.get(at, 0), 4 * count)
-    return sum(storages.values())
+    weights = [w for w in [w for layer in model.layers for w in layer] + ends if w is not None]
+    packed = [isinstance(w, PackedWeight) for w in weights]
+    data = [w.data if p else w for w, p in zip(weights, packed, strict=True)]
+    counts = [w.n * w.k if p else w.numel() for w, p in zip(weights, packed, strict=True)]
+    kept, end = [], 0
+    for at, size, count in sorted((d.data_ptr(), d.nbytes, c) for d, c in zip(data, counts, strict=True)):
+        if at < end:
+            kept[-1] = max(kept[-1], count)
+        else:
+            kept.append(count)
+        end = max(end, at + size)
+    return 4 * sum(kept)
 
 
 def lopsided(spec):

@@ -6,7 +6,7 @@ from msgspec import structs
 from evener.errors import InvalidPlan
 from evener.spec.cluster import Cluster, parse_device
 from evener.spec.memory import MemoryConfig, block_bytes, kv_blocks, weight_bytes, workspace_bytes
-from evener.spec.model import ModelSpec
+from evener.spec.model import ModelSpec, whole_group
 from evener.spec.plan import Replica, Shard, Stage
 from evener.units import Bytes
 
@@ -23,11 +23,25 @@ def test_weights_by_hand() -> None:
 
 
 def test_int8_weights_are_whole_groups_with_their_scales() -> None:
-    wide = structs.replace(TINY, hidden=128, head_dim=64, ffn=130)
-    q, kv, ffn, group = 4 * 64, 2 * 64, 130, 64 + 4
-    layer = (q + 2 * kv) * 2 + 128 * 4 + 2 * ffn * 2 + 128 * 3  # rows times groups of their inputs
+    wide = structs.replace(TINY, hidden=384, head_dim=64, ffn=130)
+    q, kv, ffn, split, whole = 4 * 64, 2 * 64, 130, 64 + 4, 192 + 4
+    layer = (q + 2 * kv + 2 * ffn) * 2 * whole + 384 * (4 + 3) * split  # rows, groups of their inputs, bytes of a group
     shard = structs.replace(WHOLE, ffn=(0, 130))
-    assert weight_bytes(shard, STAGE, wide, "int8") == 3 * (layer * group + 4 * 2 * 128) + 2 * 100 * 2 * group
+    assert weight_bytes(shard, STAGE, wide, "int8") == 3 * (layer + 4 * 2 * 384) + 2 * 100 * 2 * whole
+
+
+def test_inputs_that_no_rank_splits_share_a_scale_in_wider_groups() -> None:
+    assert [whole_group(n) for n in (8, 64, 100, 128, 320, 576, 896, 2048, 4096)] == [
+        64,
+        64,
+        64,
+        128,
+        64,
+        192,
+        128,
+        128,
+        128,
+    ]
 
 
 def test_kv_blocks_by_dtype() -> None:

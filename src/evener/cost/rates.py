@@ -18,7 +18,7 @@ from evener.spec.cluster import Device
 from evener.spec.model import DTYPE_BYTES
 from evener.spec.peaks import Peaks
 
-FORMAT = 8
+FORMAT = 9
 """Version of the stored form; a file of another version is measured again."""
 
 COLD = 1.2

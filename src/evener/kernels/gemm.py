@@ -3,7 +3,9 @@
 Shape suffixes: T rows, K inputs, N outputs.
 """
 
+import math
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,9 @@ from evener.kernels.checks import dense, fail, row_stride
 from evener.kernels.runtime import advise_huge_pages
 
 QUANT_GROUP: int = _native.GROUP
-"""Inputs of an int8 product that share a scale, on both sides. Inputs of a split layer are cut on multiples of it."""
+"""Fewest inputs of an int8 product that share a scale, on both sides. Inputs of a split layer are cut on multiples."""
+MAX_QUANT_GROUP: int = _native.MAX_GROUP
+"""Most inputs that share a scale: the sum of their weights has 16 bits."""
 
 
 class PackedWeight:
@@ -24,7 +28,7 @@ class PackedWeight:
     stays as it is, with `columns` 0.
     """
 
-    def __init__(self, data: torch.Tensor, n: int, k: int, columns: int, isa: str = "") -> None:
+    def __init__(self, data: torch.Tensor, n: int, k: int, columns: int, isa: str = "", group: int = 0) -> None:
         self.data = data
         self.n = n
         self.k = k
@@ -32,6 +36,8 @@ class PackedWeight:
         """Columns of a panel; 0: not packed."""
         self.isa = isa
         """The instruction set it was packed for."""
+        self.group = group
+        """Inputs that share a scale; 0: not int8."""
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +59,7 @@ class PackedWeight:
         if index_T.dtype is not torch.int64 or not index_T.is_cpu:
             fail("index_T", index_T, "int64 on cpu")
         _native.unpack8(
-            self.data.data_ptr(), dense("index_T", index_T, count), count, self.n, self.k, out_TK.data_ptr()
+            self.data.data_ptr(), dense("index_T", index_T, count), count, self.n, self.k, self.group, out_TK.data_ptr()
         )
         return out_TK
 
@@ -63,20 +69,23 @@ class PackedWeight:
             return PackedWeight(self.data[start:stop], stop - start, self.k, 0), 0
         first, last = start // self.columns, -(-stop // self.columns)
         n = min(self.n, last * self.columns) - first * self.columns
-        part = PackedWeight(self.data[first:last], n, self.k, self.columns, self.isa)
+        part = PackedWeight(self.data[first:last], n, self.k, self.columns, self.isa, self.group)
         return part, start - first * self.columns
 
 
-def pack_weight(weight_NK: torch.Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
+def pack_weight(weight_NK: torch.Tensor, dtype: torch.dtype | None = None, group: int = QUANT_GROUP) -> PackedWeight:
     """Pack a weight in `dtype` (None: its own).
 
     On the CPU fp32, bf16 and int8 are native: the first two are rounded and stored, and multiplied in fp32 (where the
     processor has bf16 products, `linear` rounds the inputs to bf16 as well and uses them); int8 has a scale per row and
-    group of QUANT_GROUP inputs, quantised here from fp32. Elsewhere the weight is cast and kept as it is. Raises
-    ValueError for int8 that is not on the CPU or not made from fp32.
+    `group` of inputs, a multiple of QUANT_GROUP up to MAX_QUANT_GROUP, and is quantised here from fp32. Elsewhere the
+    weight is cast and kept as it is. Raises ValueError for another group, and for int8 that is not on the CPU or not
+    made from fp32.
     """
     dtype = dtype or weight_NK.dtype
     n, k = weight_NK.shape
+    if group % QUANT_GROUP or not 0 < group <= MAX_QUANT_GROUP:
+        raise ValueError(f"group {group} must be a multiple of {QUANT_GROUP} up to {MAX_QUANT_GROUP}")
     if dtype is torch.int8 and (weight_NK.dtype is not torch.float32 or not weight_NK.is_cpu):
         fail("weight_NK", weight_NK, "float32 on cpu to be quantised")
     if dtype not in (torch.float32, torch.bfloat16, torch.int8) or not weight_NK.is_cpu or n == 0 or k == 0:
@@ -84,10 +93,10 @@ def pack_weight(weight_NK: torch.Tensor, dtype: torch.dtype | None = None) -> Pa
     columns, isa = _native.gemm_columns(), _native.isa()
     panels = -(-n // columns)
     if dtype is torch.int8:
-        packed = _aligned((panels, -(-k // QUANT_GROUP), _native.cell_bytes()), dtype)
+        packed = _aligned((panels, -(-k // group), _native.cell_bytes(group)), dtype)
         weight_NK = weight_NK.contiguous()
-        _native.pack8(weight_NK.data_ptr(), packed.data_ptr(), n, k, k)
-        return PackedWeight(packed, n, k, columns, isa)
+        _native.pack8(weight_NK.data_ptr(), packed.data_ptr(), n, k, group, k)
+        return PackedWeight(packed, n, k, columns, isa, group)
     if dtype is torch.bfloat16 and _native.bf16_pairs():
         pairs = _aligned((panels, -(-k // 2), columns, 2), dtype)
         padded_NK = F.pad(weight_NK.to(dtype), (0, k % 2, 0, panels * columns - n))
@@ -123,16 +132,44 @@ def linear(x_TK: torch.Tensor, weight: PackedWeight, bias_N: torch.Tensor | None
         x, w, out = x_TK.data_ptr(), weight.data.data_ptr(), out_TN.data_ptr()
         kind = weight.data.dtype
         if kind is torch.int8:
-            _native.gemm8(x, w, bias, out, rows, weight.n, weight.k, stride, weight.n)
+            _native.gemm8(x, w, bias, out, rows, weight.n, weight.k, weight.group, stride, weight.n)
         else:
             _native.gemm(x, w, bias, out, rows, weight.n, weight.k, stride, weight.n, kind is torch.bfloat16)
     return out_TN
 
 
 def _aligned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    packed = torch.empty(*shape, dtype=dtype)
-    advise_huge_pages(packed)
-    return packed
+    """Room for a packed weight, on a cache line.
+
+    Weights lie one behind the other in huge pages: a layer's matrices are smaller than one, and with pages of their own
+    nearly every one of them is looked up in memory each time that the weights are read (single stream: up to a quarter
+    of the time).
+    """
+    global _room
+    size = math.prod(shape) * dtype.itemsize
+    whole = -(-size // _LINE) * _LINE
+    with _lock:
+        if whole > _ROOM_BYTES // 2:
+            taken = _huge(whole)[:size]
+        else:
+            if whole > _room.numel():
+                _room = _huge(_ROOM_BYTES)
+            taken, _room = _room[:size], _room[whole:]
+    return taken.view(dtype).view(*shape)
+
+
+_LINE, _HUGE_PAGE, _ROOM_BYTES = 64, 2 << 20, 32 << 20
+_lock = Lock()
+_room = torch.empty(0, dtype=torch.int8)
+"""What is left of the last room; it goes when the weights in it have gone."""
+
+
+def _huge(size: int) -> torch.Tensor:
+    """So many bytes from the border of a huge page on; what is never written takes no memory."""
+    room = torch.empty(size + _HUGE_PAGE, dtype=torch.int8)
+    first = -room.data_ptr() % _HUGE_PAGE
+    advise_huge_pages(room)
+    return room[first : first + size]
 
 
 def _check_isa(weight: PackedWeight) -> None:

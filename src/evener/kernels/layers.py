@@ -207,13 +207,13 @@ def _layer(shape: LayerShape, w: LayerParts, k: torch.Tensor, v: torch.Tensor) -
 
 def _matrix(
     name: str, weight: PackedWeight, bias_N: torch.Tensor | None, n: int, k: int, used: bool
-) -> tuple[int, int, int, int, int]:
+) -> tuple[int, int, int, int, int, int]:
     bias = _vector(f"bias of {name}", bias_N, n)
     if not used:
-        return 0, bias, n, k, 0
+        return 0, bias, n, k, 0, 0
     if (weight.n, weight.k) != (n, k):
         raise ValueError(f"{name} is [{weight.n}, {weight.k}]; it must be [{n}, {k}]")
-    return weight.data.data_ptr(), bias, n, k, _KINDS[weight.data.dtype]
+    return weight.data.data_ptr(), bias, n, k, _KINDS[weight.data.dtype], weight.group
 
 
 def _vector(name: str, t: torch.Tensor | None, size: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from evener.kernels import PackedWeight, pack_weight
 from evener.model.families.base import EMBED, FINAL_NORM, HEAD, layer_name
 from evener.model.source import ModelSource
-from evener.spec.model import ModelSpec
+from evener.spec.model import QUANT_GROUP, ModelSpec, whole_group
 from evener.spec.plan import Interval, Shard, Stage, size
 
 
@@ -57,9 +57,9 @@ class Reader(NamedTuple):
             at += n
         return out
 
-    def packed(self, weight_NK: torch.Tensor) -> PackedWeight:
-        """The matrix as products take it, rounded or quantised to `dtype`."""
-        return pack_weight(weight_NK, self.dtype)
+    def packed(self, weight_NK: torch.Tensor, group: int = QUANT_GROUP) -> PackedWeight:
+        """The matrix as products take it, rounded or quantised to `dtype`, there with a scale per `group` of inputs."""
+        return pack_weight(weight_NK, self.dtype, group)
 
 
 def load_layer(read: Reader, spec: ModelSpec, layer: int, shard: Shard, rank: int) -> LayerWeights:
@@ -77,17 +77,17 @@ def load_layer(read: Reader, spec: ModelSpec, layer: int, shard: Shard, rank: in
     def gate_up(suffix: str) -> list[tuple[str, Interval]]:
         return [(name(f"mlp.{p}_proj.{suffix}"), shard.ffn) for p in ("gate", "up")]
 
-    first = rank == 0
+    first, wide = rank == 0, whole_group(spec.hidden)
     return LayerWeights(
         attn_norm_H=read.one(name("input_layernorm.weight")),
-        qkv_CH=read.packed(read.fused(qkv("weight"), spec.hidden)),
+        qkv_CH=read.packed(read.fused(qkv("weight"), spec.hidden), wide),
         qkv_bias_C=read.fused(qkv("bias")) if spec.qkv_bias else None,
         q_norm_D=read.one(name("self_attn.q_norm.weight")) if spec.qk_norm else None,
         k_norm_D=read.one(name("self_attn.k_norm.weight")) if spec.qk_norm else None,
         o_HQ=read.packed(read.one(name("self_attn.o_proj.weight"), None, q)),
         o_bias_H=read.one(name("self_attn.o_proj.bias")) if spec.o_bias and first else None,
         mlp_norm_H=read.one(name("post_attention_layernorm.weight")),
-        gate_up_FH=read.packed(read.fused(gate_up("weight"), spec.hidden)),
+        gate_up_FH=read.packed(read.fused(gate_up("weight"), spec.hidden), wide),
         gate_up_bias_F=read.fused(gate_up("bias")) if spec.mlp_bias else None,
         down_HF=read.packed(read.one(name("mlp.down_proj.weight"), None, shard.ffn)),
         down_bias_H=read.one(name("mlp.down_proj.bias")) if spec.mlp_bias and first else None,
@@ -114,14 +114,15 @@ def load_ends(read: Reader, spec: ModelSpec, shard: Shard, first_stage: bool, la
     """Embedding rows, final norm and head rows of a shard. Tied rows that are held as both are stored once."""
     embed, head = shard.embed_rows, shard.head_rows
     norm_H = read.one(FINAL_NORM) if last_stage else None
+    wide = whole_group(spec.hidden)
     if first_stage and last_stage and spec.tied and max(embed[0], head[0]) < min(embed[1], head[1]):
         low = min(embed[0], head[0])
-        both = read.packed(read.one(EMBED, (low, max(embed[1], head[1]))))
+        both = read.packed(read.one(EMBED, (low, max(embed[1], head[1]))), wide)
         weight, start = both.part(head[0] - low, head[1] - low)
         return EndWeights(Table(both, embed[0] - low, size(embed)), norm_H, Table(weight, start, size(head)))
 
     def table(name: str, rows: Interval) -> Table:
-        return Table(read.packed(read.one(name, rows)), 0, size(rows))
+        return Table(read.packed(read.one(name, rows), wide), 0, size(rows))
 
     return EndWeights(
         table(EMBED, embed) if first_stage else None,

@@ -26,7 +26,7 @@ from evener.profile.items import (
     ReadBandwidth,
     Setup,
 )
-from evener.spec.model import kv_token_bytes
+from evener.spec.model import QUANT_GROUP, kv_token_bytes, whole_group
 
 if TYPE_CHECKING:
     import torch
@@ -128,13 +128,15 @@ class Probe:
         if self._weights[0] != dtype:
             self._weights = ("", [])
             hidden, ffn = CUDA_LAYER if self.cuda else CPU_LAYER
-            shapes = [(hidden * 5 // 3, hidden), (hidden, hidden), (2 * ffn, hidden), (hidden, ffn)]
+            wide = whole_group(hidden)
+            shapes = [(hidden * 5 // 3, hidden, wide), (hidden, hidden, QUANT_GROUP)]
+            shapes += [(2 * ffn, hidden, wide), (hidden, ffn, QUANT_GROUP)]
             kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}[dtype]
-            layer_bytes = sum(n * k for n, k in shapes) * kind.itemsize
+            layer_bytes = sum(n * k for n, k, _ in shapes) * kind.itemsize
             # On the CPU weights are made from fp32, as the workers make them.
             made = torch.float32 if not self.cuda else kind
             layers = [
-                [kernels.pack_weight(torch.ones(shape, dtype=made, device=self.device), kind) for shape in shapes]
+                [kernels.pack_weight(torch.ones((n, k), dtype=made, device=self.device), kind, g) for n, k, g in shapes]
                 for _ in range(-(-self.pool_bytes // layer_bytes))
             ]
             self._weights = (dtype, layers)

@@ -4,7 +4,7 @@ from msgspec import Struct
 
 from evener.errors import InvalidPlan
 from evener.spec.cluster import Cluster, Device
-from evener.spec.model import DTYPE_BYTES, QUANT_GROUP, ModelSpec, kv_token_bytes
+from evener.spec.model import DTYPE_BYTES, QUANT_GROUP, ModelSpec, kv_token_bytes, whole_group
 from evener.spec.plan import Replica, Shard, Stage, size
 from evener.units import Bytes, human_bytes
 
@@ -21,11 +21,11 @@ class MemoryConfig(Struct, frozen=True):
     block_tokens: int = BLOCK_TOKENS
 
 
-def matrix_bytes(n: int, k: int, dtype: str) -> Bytes:
+def matrix_bytes(n: int, k: int, dtype: str, group: int = QUANT_GROUP) -> Bytes:
     """Bytes of a weight of n outputs and k inputs. In int8 every group of inputs of every output has four bytes more:
     its scale."""
     if dtype == "int8":
-        return Bytes(n * -(-k // QUANT_GROUP) * (QUANT_GROUP + 4))
+        return Bytes(n * -(-k // group) * (group + 4))
     return Bytes(n * k * DTYPE_BYTES[dtype])
 
 
@@ -34,8 +34,9 @@ def weight_bytes(shard: Shard, stage: Stage, model: ModelSpec, dtype: str) -> By
     the head rows counts once."""
     kv_a, kv_b = shard.kv_heads(model)
     q, kv, ffn = model.head_dim * size(shard.heads), model.head_dim * (kv_b - kv_a), size(shard.ffn)
-    matrices = ((q + 2 * kv, model.hidden), (model.hidden, q), (2 * ffn, model.hidden), (model.hidden, ffn))
-    layer = sum(matrix_bytes(n, k, dtype) for n, k in matrices)
+    wide = whole_group(model.hidden)
+    read_whole = matrix_bytes(q + 2 * kv + 2 * ffn, model.hidden, dtype, wide)
+    layer = read_whole + matrix_bytes(model.hidden, q, dtype) + matrix_bytes(model.hidden, ffn, dtype)
     norms = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0)
     biases = model.head_dim * (size(shard.heads) + 2 * (kv_b - kv_a)) if model.qkv_bias else 0
     biases += model.hidden if model.o_bias else 0
@@ -45,7 +46,7 @@ def weight_bytes(shard: Shard, stage: Stage, model: ModelSpec, dtype: str) -> By
     if model.tied:
         lo, hi = max(shard.embed_rows[0], shard.head_rows[0]), min(shard.embed_rows[1], shard.head_rows[1])
         rows -= max(0, hi - lo)
-    return Bytes(layers + matrix_bytes(rows, model.hidden, dtype))
+    return Bytes(layers + matrix_bytes(rows, model.hidden, dtype, wide))
 
 
 def block_bytes(shard: Shard, stage: Stage, model: ModelSpec, config: MemoryConfig) -> Bytes:

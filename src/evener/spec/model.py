@@ -7,12 +7,21 @@ from evener.units import Bytes
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 
 QUANT_GROUP = 64
-"""Inputs of an int8 product that share a scale (`evener.kernels.QUANT_GROUP`)."""
+"""Fewest inputs of an int8 product that share a scale (`evener.kernels.QUANT_GROUP`)."""
+WIDEST_GROUP = 192
+"""Most that do: beyond, perplexity pays for speed that the kernels no longer gain."""
 
 
 def quant_group(dtype: str) -> int:
     """What cuts of the inputs of a split layer must be multiples of, for weights of this dtype."""
     return QUANT_GROUP if dtype == "int8" else 1
+
+
+def whole_group(inputs: int) -> int:
+    """Inputs of an int8 product that share a scale where every rank reads all of them, such as those of qkv, of gate
+    and up, of the head: the fewer scales, the faster. The most up to WIDEST_GROUP that divide them evenly."""
+    wide = range(WIDEST_GROUP, QUANT_GROUP, -QUANT_GROUP)
+    return next((group for group in wide if inputs % group == 0), QUANT_GROUP)
 
 
 def kv_token_bytes(head_dim: int, kv_dtype: str) -> int:

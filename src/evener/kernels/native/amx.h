@@ -1,7 +1,7 @@
 // Matrix products by the processor's tile registers (AMX): as gemm8.h and gemm16.h, on the same packed weights, whose
 // panels are tiles of NV times 16 columns already. A tile has up to 16 rows of 64 bytes.
 //
-// int8: a tile product sums exactly one group, and what follows in fp32 is what gemm8_tile does, in its order: the same
+// int8: tile products sum exactly one group, GROUP inputs each, and what follows in fp32 is what gemm8_tile does, in its order: the same
 // bits, so that few rows are left to it. bf16: a tile product adds the even and the odd inputs of 32 before it adds them to
 // the sum, which is not the order of gemm16_tile; all rows go through tiles here, and a row's result depends on the row alone.
 #pragma once
@@ -48,49 +48,85 @@ EVENER_INLINE void tile_dot16() {
 // Tiles in use are saved with the thread's state: given back after every product.
 EVENER_INLINE void tile_release() { asm volatile("tilerelease"); }
 
-// What up to TILE rows get from 16 columns of a panel.
+// Rows times a panel of int8. Tile products take whole tiles: where rows are not there, whatever lies behind is multiplied
+// as well, and left (QuantizeArgs::SLACK).
 struct Amx8 {
   const uint8_t* x;       // of the first row, as are the next two
   const float* x_scale;
   const int32_t* x_zero;
   int64_t m;
   const int8_t* panel;
-  int64_t groups, rows;
+  int64_t group, groups, rows;
   float* out;
   int64_t out_stride;
   const float* bias;
   int64_t columns;
-  int fetch, fetch_end;  // lines of every cell of the next panel to fetch meanwhile
+  int64_t fetch, fetch_end;  // lines of every cell of the next panel to fetch meanwhile
+
+  EVENER_INLINED const int8_t* cell(int64_t g) const { return panel + g * cell_bytes_of(group); }
+  EVENER_INLINED const uint8_t* inputs(int64_t g) const { return x + g * group; }
+  EVENER_INLINED void fetch_after(int64_t g) const {  // beyond the end is harmless
+    for (int64_t i = fetch; i < fetch_end; ++i) __builtin_prefetch(cell(g + groups) + i * LINE, 0, 2);
+  }
 };
 
-// Vector v of the panel's columns. The first of four tiles is FIRST: two of sums, then x and the weight. A tile product
-// runs while the sums of the group before it are scaled.
-template <int FIRST, bool WHOLE>
+// What the sums of a group's products add to the outputs of vector v, by rows.
+struct Amx8Scales {
+  vi sums;
+  vf scale;
+  const float* of_x;
+  const int32_t* zero;
+
+  EVENER_INLINED Amx8Scales(const Amx8& a, int64_t g, int v) {
+    const vi word = load_ints(a.cell(g) + cell_weights(a.group) + v * W * 4);
+    sums = word & 0xffff, scale = scales_in(word);
+    of_x = a.x_scale + g * a.m, zero = a.x_zero + g * a.m;
+  }
+  EVENER_INLINED vf of(const int32_t* dots, int r) const {
+    vi d = load_ints(reinterpret_cast<const int8_t*>(dots + r * W));
+    d = (vi)_mm512_dpwssd_epi32((__m512i)d, (__m512i)sums, (__m512i)set1i(zero[r]));  // as less_zero
+    return __builtin_convertvector(d, vf) * scale * of_x[r];
+  }
+};
+
+// `sum` and the bias to vector v of the rows that are there.
+EVENER_INLINE void amx8_store(const Amx8& a, int v, const vf (&sum)[TILE]) {
+  const int64_t columns = a.columns - v * W;
+  const float* bias = a.bias ? a.bias + v * W : nullptr;
+  const vf add = bias ? (columns >= W ? load(bias) : load_part(bias, columns, 0.0f)) : vf{};
+  EVENER_UNROLL for (int r = 0; r < TILE; ++r) {
+    if (r >= a.rows) return;
+    const vf total = bias ? sum[r] + add : sum[r];
+    float* to = a.out + r * a.out_stride + v * W;
+    if (columns >= W)
+      store(to, total);
+    else
+      store_part(to, columns, total);
+  }
+}
+
+// Up to TILE rows and vector v of the panel's columns: sums in tiles 0 and 1, x in 2, the weight in 3. The products of a
+// group run while the sums of the group before it are scaled.
 EVENER_OUTLINE void amx8_tile(const Amx8& a, int v) {
   alignas(64) int32_t dots[2][TILE * W];
   vf sum[TILE] = {};
+  const int64_t stride = a.groups * a.group;
   auto multiply = [&](int64_t g, auto parity) EVENER_INLINED {
-    constexpr int SUM = FIRST + decltype(parity)::value;
-    const int8_t* cell = a.panel + g * CELL;
+    constexpr int SUM = decltype(parity)::value;
+    const uint8_t* x = a.inputs(g);
+    const int8_t* weight = a.cell(g) + v * W * STEP;
     tile_zero<SUM>();
-    tile_load<FIRST + 2>(a.x + g * GROUP, a.groups * GROUP);
-    tile_load<FIRST + 3>(cell + v * W * STEP, NR * STEP);
-    tile_dot8<SUM, FIRST + 2, FIRST + 3>();
-    tile_store<SUM>(dots[decltype(parity)::value], W * 4);
-    // Beyond the end is harmless.
-    for (int64_t i = a.fetch; i < a.fetch_end; ++i) __builtin_prefetch(cell + a.groups * CELL + i * LINE, 0, 2);
-  };
-  auto scale = [&](int64_t g, const int32_t* dot) EVENER_INLINED {
-    vi word = load_ints(a.panel + g * CELL + CELL_WEIGHTS + v * W * 4);
-    vi sums = word & 0xffff;
-    vf scale = scales_in(word);
-    const float* of_x = a.x_scale + g * a.m;
-    const int32_t* zero = a.x_zero + g * a.m;
-    EVENER_UNROLL for (int r = 0; r < TILE; ++r) {  // rows that are not there cost nothing but time
-      vi d = load_ints(reinterpret_cast<const int8_t*>(dot + r * W));
-      d = (vi)_mm512_dpwssd_epi32((__m512i)d, (__m512i)sums, (__m512i)set1i(zero[r]));  // as less_zero
-      sum[r] += __builtin_convertvector(d, vf) * scale * of_x[r];
+    for (int64_t i = 0; i < a.group; i += GROUP) {
+      tile_load<2>(x + i, stride);
+      tile_load<3>(weight + i * NR, NR * STEP);
+      tile_dot8<SUM, 2, 3>();
     }
+    tile_store<SUM>(dots[SUM], W * 4);
+    a.fetch_after(g);
+  };
+  auto scale = [&](int64_t g, const int32_t* of) EVENER_INLINED {
+    const Amx8Scales scales(a, g, v);
+    EVENER_UNROLL for (int r = 0; r < TILE; ++r) sum[r] += scales.of(of, r);
   };
   multiply(0, Rows<0>());
   for (int64_t g = 0; g < a.groups; g += 2) {
@@ -100,51 +136,35 @@ EVENER_OUTLINE void amx8_tile(const Amx8& a, int v) {
     if (g + 2 < a.groups) multiply(g + 2, Rows<0>());
     scale(g + 1, dots[1]);
   }
-  const int64_t columns = a.columns - v * W;
-  const float* bias = a.bias ? a.bias + v * W : nullptr;
-  vf add = bias ? (columns >= W ? load(bias) : load_part(bias, columns, 0.0f)) : vf{};
-  EVENER_UNROLL for (int r = 0; r < TILE; ++r) {
-    if (!WHOLE && r >= a.rows) continue;
-    vf total = bias ? sum[r] + add : sum[r];
-    float* to = a.out + r * a.out_stride + v * W;
-    if (columns >= W)
-      store(to, total);
-    else
-      store_part(to, columns, total);
-  }
+  amx8_store(a, v, sum);
 }
 
 constexpr int64_t FEW_ROWS = 11;  // fewer are done sooner by gemm8_tile
 
 void amx8_panels(const Gemm8Args& a, int64_t panel, int64_t end) {
-  const int64_t rest = a.m % TILE;
   if (a.m < FEW_ROWS) return gemm8_panels(a, panel, end);
   TileConfig config;
-  for (int t = 0; t < 4; ++t) {
-    config.set(t, TILE);
-    config.set(4 + t, t == 3 || !rest ? TILE : rest);
-  }
+  for (int t = 0; t < 4; ++t) config.set(t, TILE);
   config.load();
-  const int64_t groups = (a.k + GROUP - 1) / GROUP;
-  const int passes = int((a.m - (rest < FEW_ROWS ? rest : 0) + TILE - 1) / TILE) * NV;
-  constexpr int LINES = CELL / LINE;
+  const int64_t groups = (a.k + a.group - 1) / a.group, bytes = cell_bytes_of(a.group), stride = groups * a.group;
+  const int64_t passes = (a.m - (a.m % TILE < FEW_ROWS ? a.m % TILE : 0) + TILE - 1) / TILE * NV, lines = bytes / LINE;
   for (int64_t p = panel; p < end; ++p) {
-    Amx8 b{static_cast<const uint8_t*>(a.x), a.x_scale, a.x_zero, a.m, a.packed + p * groups * CELL, groups, TILE,
+    Amx8 b{static_cast<const uint8_t*>(a.x), a.x_scale, a.x_zero, a.m, a.packed + p * groups * bytes, a.group, groups, 0,
            a.out + p * NR, a.out_stride, a.bias ? a.bias + p * NR : nullptr, a.n - p * NR < NR ? a.n - p * NR : NR, 0, 0};
-    int pass = 0;
     for (int64_t row = 0; row < a.m; row += TILE) {
       b.rows = a.m - row < TILE ? a.m - row : TILE;
       if (b.rows < FEW_ROWS)
         by_rows<MR>(b.rows, 0, [&](auto few, int64_t at) EVENER_INLINED {
-          gemm8_tile<decltype(few)::value>(b.x + at * groups * GROUP, b.x_scale + at, b.x_zero + at, a.m, b.panel, groups,
+          gemm8_tile<decltype(few)::value>(b.x + at * stride, b.x_scale + at, b.x_zero + at, a.m, b.panel, a.group, groups,
                                            b.out + at * a.out_stride, a.out_stride, b.bias, b.columns, false);
         });
       else
-        for (int v = 0; v < NV && v * W < b.columns; ++v, ++pass) {
-          b.fetch = LINES * pass / passes, b.fetch_end = LINES * (pass + 1) / passes;
-          (b.rows == TILE ? amx8_tile<0, true> : amx8_tile<4, false>)(b, v);
+        for (int v = 0; v < NV && v * W < b.columns; ++v) {
+          const int64_t pass = row / TILE * NV + v;
+          b.fetch = lines * pass / passes, b.fetch_end = lines * (pass + 1) / passes;
+          amx8_tile(b, v);
         }
-      b.x += TILE * groups * GROUP, b.x_scale += TILE, b.x_zero += TILE, b.out += TILE * a.out_stride;
+      b.x += TILE * stride, b.x_scale += TILE, b.x_zero += TILE, b.out += TILE * a.out_stride;
     }
   }
   tile_release();

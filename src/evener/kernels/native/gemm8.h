@@ -1,8 +1,8 @@
-// Matrix product with int8 weights: out[M, N] = x[M, K] * weight[N, K]^T + bias, with a scale per group of GROUP inputs
-// on both sides. Exact integer sums inside a group, fp32 across groups in order, whatever the tile: a row's result does
+// Matrix product with int8 weights: out[M, N] = x[M, K] * weight[N, K]^T + bias, with a scale per group of inputs on both
+// sides, of GROUP or a multiple of it. Exact integer sums inside a group, fp32 across groups in order, whatever the tile: a row's result does
 // not depend on the rows beside it.
 //
-// The weight is packed into panels of NR columns, a panel into cells of one group each: [GROUP / STEP][NR][STEP] int8,
+// The weight is packed into panels of NR columns, a panel into cells of one group each: [group / STEP][NR][STEP] int8,
 // then a word for each column, so that it is read once and in order. Inputs are quantised row by row before: to 16 bits
 // where two products are added per lane (pmaddwd), which costs nothing there and leaves only the weights' error; to 8
 // bits where four are (vpdpbusd: unsigned times signed). Those 8 bits cover the group's own range, from its smallest to
@@ -26,9 +26,9 @@ constexpr bool ZEROS = false;
 #endif
 static_assert(sizeof(Input) * STEP == 4, "a step of inputs is one lane");
 
-constexpr int64_t CELL_WEIGHTS = NR * GROUP;
-constexpr int64_t CELL = CELL_WEIGHTS + NR * 4;  // bytes
-constexpr int64_t AHEAD8 = CELL;             // from what is read to what is fetched
+constexpr int64_t cell_weights(int64_t group) { return NR * group; }
+constexpr int64_t cell_bytes_of(int64_t group) { return cell_weights(group) + NR * 4; }
+constexpr int64_t AHEAD8 = cell_bytes_of(GROUP);  // from what is read to what is fetched
 
 #if defined(EVENER_DOT4)
 typedef vi Weights;
@@ -115,7 +115,7 @@ EVENER_INLINE int32_t word_of(float& scale, int32_t sum) {
   if (scale == scale) bits += 0xffff;
   bits &= -0x10000;
   __builtin_memcpy(&scale, &bits, 4);
-  return bits | (sum & 0xffff);  // |sum| <= GROUP * 127 < 2^15
+  return bits | (sum & 0xffff);  // |sum| <= MAX_GROUP * 127 < 2^15
 }
 
 // A group of inputs as integers: its scale, and the integer that stands for 0.
@@ -124,17 +124,22 @@ struct Range {
   int32_t zero;
 };
 
-constexpr int VECTORS = GROUP / W;
+// Vector i of n inputs; beyond them are zeros.
+EVENER_INLINE vf inputs_at(const float* x, int64_t i, int64_t n) {
+  return n - i >= W ? load(x + i) : n > i ? load_part(x + i, n - i, 0.0f) : vf{};
+}
 
-EVENER_INLINE Range range_of(const vf (&x)[VECTORS]) {
+// Of n inputs.
+EVENER_INLINE Range range_of(const float* x, int64_t n) {
   vf most{}, least{}, finite{};  // most of x and of -x: the range always holds 0
-  EVENER_UNROLL for (int i = 0; i < VECTORS; ++i) {
-    most = vmax(most, x[i]);
-    least = vmax(least, -x[i]);
-    finite += x[i] * 0.0f;
+  _Pragma("GCC unroll 4") for (int64_t i = 0; i < n; i += W) {
+    vf v = inputs_at(x, i, n);
+    most = vmax(most, v);
+    least = vmax(least, -v);
+    finite += v * 0.0f;
   }
   const bool lost = any(finite != 0.0f);
-  if (!ZEROS) {  // 64 products of 32767 * 127 stay below 2^31
+  if (!ZEROS) {  // MAX_GROUP products of 32767 * 127 stay below 2^31
     float scale = hmax(vmax(least, most)) / 32767.0f;
     return {lost ? __builtin_nanf("") : scale, 0};
   }
@@ -145,25 +150,19 @@ EVENER_INLINE Range range_of(const vf (&x)[VECTORS]) {
 }
 
 void quantize_rows(const QuantizeArgs& a, int64_t row, int64_t end) {
-  int64_t groups = (a.k + GROUP - 1) / GROUP;
+  const int64_t groups = (a.k + a.group - 1) / a.group;
   typedef Input Inputs __attribute__((vector_size(W * sizeof(Input))));
   for (; row < end; ++row) {
     const float* x = a.x + row * a.x_stride;
-    Input* to = static_cast<Input*>(a.out) + row * groups * GROUP;
-    for (int64_t g = 0; g < groups; ++g, x += GROUP, to += GROUP) {
-      const int64_t n = a.k - g * GROUP;
-      vf v[VECTORS] = {};
-      if (n >= GROUP) {
-        EVENER_UNROLL for (int i = 0; i < VECTORS; ++i) v[i] = load(x + i * W);
-      } else {
-        for (int i = 0; i * W < n; ++i) v[i] = n - i * W >= W ? load(x + i * W) : load_part(x + i * W, n - i * W, 0.0f);
-      }
-      Range range = range_of(v);
-      float inverse = inverse_of(range.scale);
+    Input* to = static_cast<Input*>(a.out) + row * groups * a.group;
+    for (int64_t g = 0; g < groups; ++g, x += a.group, to += a.group) {
+      const int64_t n = g + 1 < groups ? a.group : a.k - g * a.group;
+      const Range range = range_of(x, n);
+      const float inverse = inverse_of(range.scale);
       a.scales[g * a.m + row] = range.scale, a.zeros[g * a.m + row] = -range.zero & 0xffff;
-      EVENER_UNROLL for (int i = 0; i < VECTORS; ++i) {
-        Inputs q = __builtin_convertvector(rounded(v[i] * inverse) + range.zero, Inputs);
-        __builtin_memcpy(to + i * W, &q, sizeof q);
+      _Pragma("GCC unroll 4") for (int64_t i = 0; i < a.group; i += W) {
+        Inputs q = __builtin_convertvector(rounded(inputs_at(x, i, n) * inverse) + range.zero, Inputs);
+        __builtin_memcpy(to + i, &q, sizeof q);
       }
     }
   }
@@ -173,19 +172,19 @@ void quantize_rows(const QuantizeArgs& a, int64_t row, int64_t end) {
 EVENER_INLINE int64_t in_cell(int64_t c, int64_t i) { return (i / STEP * NR + c) * STEP + i % STEP; }
 
 void pack8_panels(const Pack8Args& a, int64_t panel, int64_t end) {
-  int64_t groups = (a.k + GROUP - 1) / GROUP;
+  const int64_t groups = (a.k + a.group - 1) / a.group;
   for (; panel < end; ++panel)
     for (int64_t g = 0; g < groups; ++g) {
-      int8_t* cell = a.packed + (panel * groups + g) * CELL;
-      int64_t n = a.k - g * GROUP < GROUP ? a.k - g * GROUP : GROUP;
+      int8_t* cell = a.packed + (panel * groups + g) * cell_bytes_of(a.group);
+      const int64_t n = g + 1 < groups ? a.group : a.k - g * a.group;
       for (int64_t c = 0; c < NR; ++c) {
         int64_t column = panel * NR + c;
-        const float* w = a.weight + column * a.stride + g * GROUP;
+        const float* w = a.weight + column * a.stride + g * a.group;
         float scale = column < a.n ? scale_of(w, n, 127) : 0.0f;
         word_of(scale, 0);
         float inverse = inverse_of(scale);
         int32_t sum = 0;
-        for (int64_t i = 0; i < GROUP; i += W) {
+        for (int64_t i = 0; i < a.group; i += W) {
           vf v{};
           if (inverse > 0.0f && i < n) v = n - i >= W ? load(w + i) : load_part(w + i, n - i, 0.0f);
           vi q = rounded(v * inverse);
@@ -195,21 +194,21 @@ void pack8_panels(const Pack8Args& a, int64_t panel, int64_t end) {
           }
         }
         int32_t word = word_of(scale, sum);
-        __builtin_memcpy(cell + CELL_WEIGHTS + c * 4, &word, 4);
+        __builtin_memcpy(cell + cell_weights(a.group) + c * 4, &word, 4);
       }
     }
 }
 
-void unpack8_rows(const int8_t* packed, const int64_t* index, int64_t rows, int64_t k, float* out) {
-  int64_t groups = (k + GROUP - 1) / GROUP;
+void unpack8_rows(const int8_t* packed, const int64_t* index, int64_t rows, int64_t k, int64_t group, float* out) {
+  const int64_t groups = (k + group - 1) / group;
   for (int64_t r = 0; r < rows; ++r, out += k) {
-    const int8_t* cell = packed + index[r] / NR * groups * CELL;
+    const int8_t* cell = packed + index[r] / NR * groups * cell_bytes_of(group);
     int64_t c = index[r] % NR;
-    for (int64_t g = 0; g < groups; ++g, cell += CELL) {
+    for (int64_t g = 0; g < groups; ++g, cell += cell_bytes_of(group)) {
       int32_t word;
-      __builtin_memcpy(&word, cell + CELL_WEIGHTS + c * 4, 4);
+      __builtin_memcpy(&word, cell + cell_weights(group) + c * 4, 4);
       float scale = scales_in(set1i(word))[0];
-      for (int64_t i = 0; i < GROUP && g * GROUP + i < k; ++i) out[g * GROUP + i] = float(cell[in_cell(c, i)]) * scale;
+      for (int64_t i = 0; i < group && g * group + i < k; ++i) out[g * group + i] = float(cell[in_cell(c, i)]) * scale;
     }
   }
 }
@@ -217,11 +216,12 @@ void unpack8_rows(const int8_t* packed, const int64_t* index, int64_t rows, int6
 // `x`, `x_scale` and `x_zero` begin at the tile's first row of m. `cold`: the panel is not in a cache yet.
 template <int ROWS>
 EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int32_t* x_zero, int64_t m, const int8_t* panel,
-                              int64_t groups, float* out, int64_t out_stride, const float* bias, int64_t columns,
-                              bool cold) {
+                              int64_t group, int64_t groups, float* out, int64_t out_stride, const float* bias,
+                              int64_t columns, bool cold) {
   vf sum[ROWS][NV] = {};
-  for (int64_t g = 0; g < groups; ++g) {
-    const int8_t *cell = panel + g * CELL, *words = cell + CELL_WEIGHTS;
+  const int8_t* cell = panel;
+  for (int64_t g = 0; g < groups; ++g, cell += cell_bytes_of(group)) {
+    const int8_t* words = cell + cell_weights(group);
     vi dots[ROWS][NV];
     EVENER_UNROLL for (int v = 0; v < NV; ++v) {
       vi word = load_ints(words + v * W * 4);
@@ -230,14 +230,14 @@ EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int32
     // On into the next panel: the processor's own prefetching stops at pages. Beyond the end is harmless.
     // A few lines at a time, as only so many can be on their way.
     if (cold)
-      for (int64_t i = CELL_WEIGHTS; i < CELL; i += LINE) __builtin_prefetch(cell + AHEAD8 + i, 0, 3);
-    _Pragma("GCC unroll 2") for (int64_t i = 0; i < GROUP; i += STEP) {
+      for (int64_t i = 0; i < NR * 4; i += LINE) __builtin_prefetch(words + AHEAD8 + i, 0, 3);
+    _Pragma("GCC unroll 2") for (int64_t i = 0; i < group; i += STEP) {
       if (cold)
         for (int64_t j = 0; j < STEP * NR; j += LINE) __builtin_prefetch(cell + AHEAD8 + i * NR + j, 0, 3);
       Weights w[NV];
       EVENER_UNROLL for (int v = 0; v < NV; ++v) w[v] = load_weights(cell + i * NR + v * W * STEP);
       EVENER_UNROLL for (int r = 0; r < ROWS; ++r) {
-        vi a = spread(x + (r * groups + g) * GROUP + i);
+        vi a = spread(x + (r * groups + g) * group + i);
         EVENER_UNROLL for (int v = 0; v < NV; ++v) dots[r][v] = dot(dots[r][v], a, w[v]);
       }
     }
@@ -260,7 +260,7 @@ EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int32
 
 void gemm8_panels(const Gemm8Args& a, int64_t panel, int64_t end) {
   const Tiles tiles(a.m);
-  int64_t groups = (a.k + GROUP - 1) / GROUP;
+  const int64_t groups = (a.k + a.group - 1) / a.group;
   const Input* x = static_cast<const Input*>(a.x);
   for (int64_t p = panel; p < end; ++p) {
     const float* bias = a.bias ? a.bias + p * NR : nullptr;
@@ -268,9 +268,9 @@ void gemm8_panels(const Gemm8Args& a, int64_t panel, int64_t end) {
     for (int64_t t = 0; t < tiles.count; ++t) {
       int64_t row = tiles.row_of(t);
       by_rows<MR>(tiles.row_of(t + 1) - row, row, [&](auto rows, int64_t at) EVENER_INLINED {
-        gemm8_tile<decltype(rows)::value>(x + at * groups * GROUP, a.x_scale + at, a.x_zero + at, a.m,
-                                          a.packed + p * groups * CELL, groups, a.out + at * a.out_stride + p * NR,
-                                          a.out_stride, bias, columns, at == 0);
+        gemm8_tile<decltype(rows)::value>(x + at * groups * a.group, a.x_scale + at, a.x_zero + at, a.m,
+                                          a.packed + p * groups * cell_bytes_of(a.group), a.group, groups,
+                                          a.out + at * a.out_stride + p * NR, a.out_stride, bias, columns, at == 0);
       });
     }
   }
@@ -282,7 +282,6 @@ constexpr auto attention_int8 = attention8_tile;
 constexpr auto attention_int8 = attention_tile<int8_t>;
 #endif
 
-const Int8Kernels int8_kernels = {CELL,          sizeof(Input), quantize_rows, pack8_panels,
-                                  unpack8_rows, gemm8_panels,  attention_int8};
+const Int8Kernels int8_kernels = {sizeof(Input), quantize_rows, pack8_panels, unpack8_rows, gemm8_panels, attention_int8};
 
 }  // namespace

@@ -8,7 +8,8 @@ namespace evener {
 constexpr int BLOCK = 16;      // tokens in a KV block
 constexpr int KEY_TILE = 64;   // keys between two rescalings of the online softmax, at fixed absolute positions
 constexpr int MAX_ROWS = 48;   // (token, query head) rows of one attention tile
-constexpr int GROUP = 64;      // inputs that share a scale in int8 products
+constexpr int GROUP = 64;      // inputs that share a scale in int8 products: so many, or a multiple of them
+constexpr int MAX_GROUP = 256; // the sum of a group's weights fits in 16 bits
 
 struct NormArgs {
   const float* x;
@@ -65,22 +66,22 @@ struct Gemm16Args {
   int64_t m, n, k, out_stride;
 };
 
-// x [m, k] to inputs of an int8 product, [m, groups * GROUP], their scales, and the integers that stand for 0, negated
-// in 16 bits, [groups, m]. A kernel may read up to SLACK elements beyond these.
+// x [m, k] to inputs of an int8 product, [m, groups * group], their scales, and the integers that stand for 0, negated
+// in 16 bits, [groups, m]. A kernel may read up to SLACK rows of inputs beyond these, and elements beyond the others.
 struct QuantizeArgs {
   static constexpr int64_t SLACK = 16;
   const float* x;
-  int64_t m, k, x_stride;
+  int64_t m, k, group, x_stride;
   void* out;
   float* scales;
   int32_t* zeros;
 };
 
-// weight [n, k] to panels of int8 cells, [ceil(n / columns)][ceil(k / GROUP)][cell bytes].
+// weight [n, k] to panels of int8 cells, [ceil(n / columns)][ceil(k / group)][cell bytes].
 struct Pack8Args {
   const float* weight;
   int8_t* packed;
-  int64_t n, k, stride;
+  int64_t n, k, group, stride;
 };
 
 struct Gemm8Args {
@@ -90,7 +91,7 @@ struct Gemm8Args {
   const int8_t* packed;
   const float* bias;  // nullptr, or n
   float* out;
-  int64_t m, n, k, out_stride;
+  int64_t m, n, k, group, out_stride;
 };
 
 struct AttentionArgs {
@@ -122,10 +123,10 @@ typedef void AttentionKernel(const AttentionArgs&, const AttentionTile&, float* 
 typedef void Int8Gemm(const Gemm8Args&, int64_t panel, int64_t end);
 
 struct Int8Kernels {
-  int cell_bytes, input_bytes;  // of an int8 cell; of a quantised input
+  int input_bytes;  // of a quantised input
   void (*quantize)(const QuantizeArgs&, int64_t row, int64_t end);
   void (*pack)(const Pack8Args&, int64_t panel, int64_t end);
-  void (*unpack)(const int8_t* packed, const int64_t* index, int64_t rows, int64_t k, float* out);
+  void (*unpack)(const int8_t* packed, const int64_t* index, int64_t rows, int64_t k, int64_t group, float* out);
   Int8Gemm* gemm;
   AttentionKernel* attention;  // over a KV cache in int8
 };

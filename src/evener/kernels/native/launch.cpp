@@ -183,25 +183,25 @@ void gemm(const GemmArgs& a, bool bf16) {
   over_panels(a.n, [&](int64_t first, int64_t end) { kernel(a, first, end); });
 }
 
-int cell_bytes() { return use().int8.cell_bytes; }
+int64_t cell_bytes(int64_t group) { return use().gemm_columns * (group + 4); }
 
 void pack8(const Pack8Args& a) {
   int64_t columns = use().gemm_columns, panels = (a.n + columns - 1) / columns;
   parallel_for(panels, [&](int64_t i) { use().int8.pack(a, i, i + 1); });
 }
 
-void unpack8(const int8_t* packed, const int64_t* index, int64_t rows, int64_t n, int64_t k, float* out) {
+void unpack8(const int8_t* packed, const int64_t* index, int64_t rows, int64_t n, int64_t k, int64_t group, float* out) {
   for (int64_t r = 0; r < rows; ++r)
     if (index[r] < 0 || index[r] >= n)
       throw std::invalid_argument("index_T holds " + std::to_string(index[r]) + ", outside [0, " + std::to_string(n) + ")");
-  over_rows(rows, k, [&](int64_t first, int64_t end) { use().int8.unpack(packed, index + first, end - first, k, out + first * k); });
+  over_rows(rows, k, [&](int64_t first, int64_t end) { use().int8.unpack(packed, index + first, end - first, k, group, out + first * k); });
 }
 
 void gemm8(Gemm8Args a, const float* x, int64_t x_stride) {
   thread_local Aligned inputs;  // the caller's; helpers read it through the arguments
-  int64_t groups = (a.k + GROUP - 1) / GROUP, floats = (a.m * groups * GROUP * use().int8.input_bytes + 63) / 64 * 16;
-  float* room = inputs.at_least(floats + 2 * a.m * groups + QuantizeArgs::SLACK);
-  QuantizeArgs q{x, a.m, a.k, x_stride, room, room + floats, reinterpret_cast<int32_t*>(room + floats + a.m * groups)};
+  int64_t groups = (a.k + a.group - 1) / a.group, floats = (a.m * groups * a.group * use().int8.input_bytes + 63) / 64 * 16;
+  float* room = inputs.at_least(floats + 2 * a.m * groups + QuantizeArgs::SLACK * (1 + groups * a.group));
+  QuantizeArgs q{x, a.m, a.k, a.group, x_stride, room, room + floats, reinterpret_cast<int32_t*>(room + floats + a.m * groups)};
   over_rows(a.m, a.k, [&](int64_t first, int64_t end) { use().int8.quantize(q, first, end); });
   a.x = q.out, a.x_scale = q.scales, a.x_zero = q.zeros;
   over_panels(a.n, [&](int64_t first, int64_t end) { use().int8.gemm(a, first, end); });

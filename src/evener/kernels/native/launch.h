@@ -24,10 +24,10 @@ int gemm_columns();
 // Weights of bf16 are packed in pairs of inputs, [ceil(k / 2)][columns][2].
 bool bf16_pairs();
 void gemm(const GemmArgs& args, bool bf16);
-int cell_bytes();
+int64_t cell_bytes(int64_t group);
 // Panels of int8 cells, and rows out of them.
 void pack8(const Pack8Args& args);
-void unpack8(const int8_t* packed, const int64_t* index, int64_t rows, int64_t n, int64_t k, float* out);
+void unpack8(const int8_t* packed, const int64_t* index, int64_t rows, int64_t n, int64_t k, int64_t group, float* out);
 // x is fp32, [m, k] with rows x_stride apart; args.x and args.x_scale are set here.
 void gemm8(Gemm8Args args, const float* x, int64_t x_stride);
 void attention(const AttentionArgs& args, Kv kv, const Batch& batch);

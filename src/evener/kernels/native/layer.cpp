@@ -35,7 +35,7 @@ void nothing(const Matrix& w, int64_t size, int64_t rows, float* x, const float*
 
 void product(const Matrix& w, const float* x, int64_t rows, float* out) {
   if (w.kind == Matrix::Kind::INT8)
-    gemm8({nullptr, nullptr, nullptr, static_cast<const int8_t*>(w.packed), w.bias, out, rows, w.n, w.k, w.n}, x, w.k);
+    gemm8({nullptr, nullptr, nullptr, static_cast<const int8_t*>(w.packed), w.bias, out, rows, w.n, w.k, w.group, w.n}, x, w.k);
   else
     gemm({x, w.bias, w.packed, out, rows, w.n, w.k, w.k, w.n}, w.kind == Matrix::Kind::BF16);
 }

@@ -6,13 +6,14 @@
 
 namespace evener {
 
-// A packed weight [n, k] and its bias (nullptr: none).
+// A packed weight [n, k] and its bias (nullptr: none). `group`: inputs that share a scale, in int8.
 struct Matrix {
   enum class Kind { FP32, BF16, INT8 };
   const void* packed;
   const float* bias;
   int64_t n, k;
   Kind kind;
+  int64_t group;
 };
 
 // One layer's part of a shard. q_norm and k_norm: nullptr without a norm per head.

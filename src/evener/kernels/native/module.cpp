@@ -37,16 +37,16 @@ bool advise_huge_pages(uintptr_t address, uint64_t bytes) {
 
 const int32_t* ints(uintptr_t address) { return at<const int32_t>(address); }
 
-// (address, bias, outputs, inputs, kind) as Python gives it.
-typedef std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int> MatrixTuple;
+// (address, bias, outputs, inputs, kind, group) as Python gives it.
+typedef std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int, int64_t> MatrixTuple;
 typedef std::tuple<MatrixTuple, MatrixTuple, MatrixTuple, MatrixTuple, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
                    uintptr_t, uintptr_t>
     LayerTuple;
 typedef std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t> RowsTuple;
 
 Matrix matrix(const MatrixTuple& t) {
-  auto [packed, bias, n, k, kind] = t;
-  return {at<const void>(packed), floats(bias), n, k, Matrix::Kind(kind)};
+  auto [packed, bias, n, k, kind, group] = t;
+  return {at<const void>(packed), floats(bias), n, k, Matrix::Kind(kind), group};
 }
 
 LayerArgs layer(const LayerTuple& t) {
@@ -111,24 +111,25 @@ NB_MODULE(_native, m) {
   m.def("bf16_pairs", &bf16_pairs);
   m.def("cell_bytes", &cell_bytes);
   m.attr("GROUP") = GROUP;
+  m.attr("MAX_GROUP") = MAX_GROUP;
   m.def(
       "pack8",
-      [](uintptr_t weight, uintptr_t packed, int64_t n, int64_t k, int64_t stride) {
-        pack8({floats(weight), at<int8_t>(packed), n, k, stride});
+      [](uintptr_t weight, uintptr_t packed, int64_t n, int64_t k, int64_t group, int64_t stride) {
+        pack8({floats(weight), at<int8_t>(packed), n, k, group, stride});
       },
       free);
   m.def(
       "unpack8",
-      [](uintptr_t packed, uintptr_t index, int64_t rows, int64_t n, int64_t k, uintptr_t out) {
-        unpack8(at<const int8_t>(packed), at<const int64_t>(index), rows, n, k, at<float>(out));
+      [](uintptr_t packed, uintptr_t index, int64_t rows, int64_t n, int64_t k, int64_t group, uintptr_t out) {
+        unpack8(at<const int8_t>(packed), at<const int64_t>(index), rows, n, k, group, at<float>(out));
       },
       free);
   m.def(
       "gemm8",
-      [](uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t x_stride,
-         int64_t out_stride) {
-        gemm8({nullptr, nullptr, nullptr, at<const int8_t>(packed), floats(bias), at<float>(out), m, n, k, out_stride}, floats(x),
-              x_stride);
+      [](uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t group,
+         int64_t x_stride, int64_t out_stride) {
+        gemm8({nullptr, nullptr, nullptr, at<const int8_t>(packed), floats(bias), at<float>(out), m, n, k, group, out_stride},
+              floats(x), x_stride);
       },
       free);
   m.def(
