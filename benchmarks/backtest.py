@@ -13,6 +13,7 @@ known, second by second, and so show the error of the model itself.
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from typing import Any
 
 from msgspec import structs
 
-from common import SHARED, markdown, save
+from common import RESULTS, SHARED, markdown, save
 from evener.api import EngineOptions, make_options, prepare
 from evener.cost.base import CostModel
 from evener.ledger.causes import Cause
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="int8", help="of weights and KV cache")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3, help="live runs of each")
-    parser.add_argument("--only", help="plans whose names contain this")
+    parser.add_argument("--only", help="plans whose names contain this; the others stay as measured before")
     parser.add_argument("--keep", type=Path, help="folder for the recordings (default: thrown away)")
     args = parser.parse_args()
 
@@ -168,24 +169,24 @@ def main() -> None:
     chosen = {k: v for k, v in plans(args.context, mix, args.dtype).items() if args.only is None or args.only in k}
     if not chosen:
         parser.error(f"--only {args.only!r}: plans are {', '.join(plans(args.context, mix, args.dtype))}")
-    results, rows = {}, []
+    settings = {"trace": args.trace.name, "requests": args.requests, "context": args.context, "rounds": args.rounds}
+    settings |= {"calibrate": args.calibrate, "dtype": args.dtype}
+    found = RESULTS / "backtest.json"
+    before = json.loads(found.read_text()) if args.only and found.exists() else {}
+    results = before["plans"] if before.get("settings") == settings else {}
     with TemporaryDirectory() as folder:
         for k, (name, options) in enumerate(chosen.items()):
             print(name, file=sys.stderr, flush=True)
             at = (args.keep or Path(folder)) / f"plan{k}"
             at.mkdir(parents=True, exist_ok=True)
             results[name] = measure(options, trace, args.requests, args.rounds, at)
-            rows += rows_of(name, results[name])
     headers = ["plan", "load", "figure", "predicted", "achieved", "error", f"spread of {args.rounds} live runs",
                "knowing what others took", "error"]  # fmt: skip
-    print(markdown(headers, rows))
+    print(markdown(headers, [row for name, result in results.items() for row in rows_of(name, result)]))
     noise = [[k, load, f"{v['fit_error'][load]:.1%}", f"{v['contended'][load]:.1%}"] for k, v in results.items()
              for load in v["contended"]]  # fmt: skip
     print(markdown(["plan", "load", "fit, error per span", "contended"], noise))
-    settings = {"trace": args.trace.name, "requests": args.requests, "context": args.context, "rounds": args.rounds}
-    settings |= {"calibrate": args.calibrate, "dtype": args.dtype}
-    if args.only is None:
-        save("backtest", {"settings": settings, "targets": TARGETS, "plans": results})
+    save("backtest", {"settings": settings, "targets": TARGETS, "plans": results})
 
 
 if __name__ == "__main__":
