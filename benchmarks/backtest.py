@@ -117,8 +117,9 @@ def measure(options: EngineOptions, trace: Trace, n: int, rounds: int, folder: P
         fits, runs = ([folder / f"{load}-{what}{k}" for k in range(rounds)] for what in ("fit", "run"))
         for k in range(rounds):
             print(f"  {load}, {rate:.2f} requests/s, round {k + 1} of {rounds}", file=sys.stderr, flush=True)
-            run(options, requests(fit, rate), fits[k])
-            run(options, requests(other, rate), runs[k])
+            for some, path in ((fit, fits[k]), (other, runs[k])):
+                if not path.exists():
+                    run(options, requests(some, rate), path)
         costs = observe(*fits).fit(1)
         out["fit_error"][load] = costs.error()
         out[load], out["contended"][load] = beside(costs, runs)
@@ -159,7 +160,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3, help="live runs of each")
     parser.add_argument("--only", help="plans whose names contain this; the others stay as measured before")
-    parser.add_argument("--keep", type=Path, help="folder for the recordings (default: thrown away)")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="folder for the recordings (default: thrown away); those that it has are not made again",
+    )
     args = parser.parse_args()
 
     trace = read_trace(args.trace).first(args.requests + args.calibrate).within(args.context)

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import SHARED, BenchmarkFailed, markdown, save
+from common import RESULTS, SHARED, BenchmarkFailed, markdown, save
 from evener.brain import Brain, BrainConfig
 from evener.cost.published import cluster_profile
 from evener.cost.rates import bind
@@ -168,7 +168,7 @@ def vidur(folder: Path, requests: int, replicas: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vidur", type=Path, metavar="FOLDER", help="checkout of Vidur, to measure beside")
-    parser.add_argument("--only", nargs="+", choices=CASES, help="default: all")
+    parser.add_argument("--only", nargs="+", choices=CASES, help="default: all; the others stay as measured before")
     parser.add_argument("--rounds", type=int, default=3, help="of cases below 100,000 requests; medians are shown")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -178,22 +178,26 @@ def main() -> int:
     if args.case:
         print(json.dumps(run(CASES[args.case])))
         return 0
+    found = RESULTS / "sim_speed.json"
+    before: dict[str, Any] = json.loads(found.read_text())["rounds"] if args.only and found.exists() else {}
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in args.only or CASES}
     compared = sorted({(CASES[n].requests, CASES[n].replicas) for n in rounds if CASES[n].beside and args.vidur})
     peer: dict[tuple[int, int], list[dict[str, Any]]] = {size: [] for size in compared}
     for k in range(args.rounds):
-        for size, found in peer.items():
+        for size, theirs in peer.items():
             print(f"round {k + 1} of {args.rounds}: Vidur, {size[0]:,} on {size[1]}", file=sys.stderr, flush=True)
-            found.append(vidur(args.vidur, *size))
+            theirs.append(vidur(args.vidur, *size))
         for name, results in rounds.items():
             if k == 0 or CASES[name].requests < 100_000:
                 print(f"round {k + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
                 results.append(child(name))
+    rounds = {name: rounds.get(name) or before[name] for name in CASES if name in rounds or name in before}
     rows = []
     for name, results in rounds.items():
         took = statistics.median(r["seconds"] for r in results)
         case, last = CASES[name], results[-1]
-        theirs = peer.get((case.requests, case.replicas), []) if case.beside else []
+        measured = case.beside and (not args.only or name in args.only)
+        theirs = peer.get((case.requests, case.replicas), []) if measured else []
         ratios = [v["seconds"] / r["seconds"] for v, r in zip(theirs, results, strict=bool(theirs))]
         rows.append(
             (
@@ -202,18 +206,18 @@ def main() -> int:
                 "yes" if last.get("closes") else "off" if "closes" not in last else "NO", round(last["virtual_s"]),
             )
         )  # fmt: skip
-    for (requests, replicas), found in peer.items():
-        took, made = statistics.median(v["seconds"] for v in found), found[-1]["batches"]
+    for (requests, replicas), theirs in peer.items():
+        took, made = statistics.median(v["seconds"] for v in theirs), theirs[-1]["batches"]
         rows.append(
             (
                 f"Vidur: {requests:,} on {replicas}", took, made, made / took, 1e6 * took / requests, 1.0, None, "none",
-                round(found[-1]["virtual_s"]),
+                round(theirs[-1]["virtual_s"]),
             )
         )  # fmt: skip
     headers = ("requests, replicas", "CPU s", "batches", "batches/s", "us/request", "times Vidur", "peak MiB",
                "ledger closes", "virtual s")  # fmt: skip
     print(markdown(headers, rows))
-    save("sim_speed", {"rounds": rounds, "vidur": [[*size, found] for size, found in peer.items()]})
+    save("sim_speed", {"rounds": rounds, "vidur": [[*size, theirs] for size, theirs in peer.items()]})
     return 0
 
 

@@ -23,12 +23,12 @@ replicas:
   - stages:
       - layers: [0, 11]
         shards:
-          - {device: "cpu:0", heads: [0, 7], ffn: [0, 400], embed_rows: [0, 49152]}
-          - {device: "cpu:1", heads: [7, 9], ffn: [400, 1536], embed_rows: [49152, 49152]}
+          - {device: "cpu:0", heads: [0, 7], ffn: [0, 384], embed_rows: [0, 49152]}
+          - {device: "cpu:1", heads: [7, 9], ffn: [384, 1536], embed_rows: [49152, 49152]}
       - layers: [11, 30]
         shards:
-          - {device: "cpu:0#1", heads: [0, 0], ffn: [0, 1000], head_rows: [0, 10000]}
-          - {device: "cpu:1#1", heads: [0, 9], ffn: [1000, 1536], head_rows: [10000, 49152]}
+          - {device: "cpu:0#1", heads: [0, 0], ffn: [0, 1024], head_rows: [0, 10000]}
+          - {device: "cpu:1#1", heads: [0, 9], ffn: [1024, 1536], head_rows: [10000, 49152]}
 """
 CORES = ("cpu:0", "cpu:1", "cpu:0#1", "cpu:1#1")
 PLANS: dict[str, dict[str, Any]] = {

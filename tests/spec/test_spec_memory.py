@@ -6,7 +6,7 @@ from msgspec import structs
 from evener.errors import InvalidPlan
 from evener.spec.cluster import Cluster, parse_device
 from evener.spec.memory import MemoryConfig, block_bytes, kv_blocks, weight_bytes, workspace_bytes
-from evener.spec.model import ModelSpec, whole_group
+from evener.spec.model import ModelSpec, ffn_group, whole_group
 from evener.spec.plan import Replica, Shard, Stage
 from evener.units import Bytes
 
@@ -28,6 +28,12 @@ def test_int8_weights_are_whole_groups_with_their_scales() -> None:
     layer = (q + 2 * kv + 2 * ffn) * 2 * whole + 384 * (4 + 3) * split  # rows, groups of their inputs, bytes of a group
     shard = structs.replace(WHOLE, ffn=(0, 130))
     assert weight_bytes(shard, STAGE, wide, "int8") == 3 * (layer + 4 * 2 * 384) + 2 * 100 * 2 * whole
+
+
+def test_cuts_of_the_ffn_fall_on_groups_that_leave_enough_to_deal_out() -> None:
+    assert [ffn_group(n) for n in (10, 64, 1024, 1536, 4864, 8960, 14_336)] == [64, 64, 64, 128, 128, 128, 128]
+    model = structs.replace(TINY, ffn=1536)
+    assert [structs.replace(model, quant_group=g).ffn_unit for g in (1, 64)] == [1, 128]
 
 
 def test_inputs_that_no_rank_splits_share_a_scale_in_wider_groups() -> None:

@@ -135,7 +135,7 @@ def test_accepted() -> None:
 
 def test_cuts_fall_on_the_quantisation_group() -> None:
     grouped = structs.replace(SMOL, quant_group=128)
-    with pytest.raises(InvalidPlan, match=r"query head cut 5 is not a multiple of 2 .*128.*move it to 4"):
+    with pytest.raises(InvalidPlan, match=r"query head cut 5 is not a multiple of 2 .*share a scale.*move it to 4"):
         validate(two({}, {}), grouped, CLUSTER)
     with pytest.raises(InvalidPlan, match=r"FFN cut 700 is not a multiple of 128 .*move it to 640"):
         plan = two({"heads": (0, 4), "ffn": (0, 700)}, {"heads": (4, 9), "ffn": (700, 1536)})

@@ -203,8 +203,8 @@ def _check_dtype(dtype: torch.dtype, device: torch.device | str, spec: ModelSpec
         raise InvalidInput(f"dtype {dtype} is not supported on {device}; supported: {', '.join(map(str, known))}")
     if dtype is torch.int8 and len(stage.shards) > 1 and spec.quant_group % kernels.QUANT_GROUP:
         raise InvalidInput(
-            f"an int8 stage of {len(stage.shards)} shards needs cuts on multiples of {kernels.QUANT_GROUP}, the plan "
-            f"was checked for {spec.quant_group}; set the model's quant_group"
+            f"an int8 stage of {len(stage.shards)} shards needs cuts on whole groups of {kernels.QUANT_GROUP}, "
+            f"the plan was checked for {spec.quant_group}; set the model's quant_group"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from evener.kernels import PackedWeight, pack_weight
 from evener.model.families.base import EMBED, FINAL_NORM, HEAD, layer_name
 from evener.model.source import ModelSource
-from evener.spec.model import QUANT_GROUP, ModelSpec, whole_group
+from evener.spec.model import QUANT_GROUP, ModelSpec, ffn_group, whole_group
 from evener.spec.plan import Interval, Shard, Stage, size
 
 
@@ -89,7 +89,7 @@ def load_layer(read: Reader, spec: ModelSpec, layer: int, shard: Shard, rank: in
         mlp_norm_H=read.one(name("post_attention_layernorm.weight")),
         gate_up_FH=read.packed(read.fused(gate_up("weight"), spec.hidden), wide),
         gate_up_bias_F=read.fused(gate_up("bias")) if spec.mlp_bias else None,
-        down_HF=read.packed(read.one(name("mlp.down_proj.weight"), None, shard.ffn)),
+        down_HF=read.packed(read.one(name("mlp.down_proj.weight"), None, shard.ffn), ffn_group(spec.ffn)),
         down_bias_H=read.one(name("mlp.down_proj.bias")) if spec.mlp_bias and first else None,
     )
 

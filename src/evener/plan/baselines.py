@@ -24,7 +24,7 @@ def equalised(plan: Plan, model: ModelSpec) -> Plan:
             vocab = split_even(model.vocab, n)
             parts = zip(
                 split_even(model.heads, n, head_unit(model)),
-                split_even(model.ffn, n, model.quant_group),
+                split_even(model.ffn, n, model.ffn_unit),
                 vocab if s == 0 else none,
                 vocab if s == count - 1 else none,
                 strict=True,

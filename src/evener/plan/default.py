@@ -101,7 +101,7 @@ def equal_plan(model: ModelSpec, devices: Sequence[Device], tp: int, pp: int, dp
     """
     used = _take(model, devices, tp, pp, dp)
     layers = split_even(model.layers, pp)
-    heads, ffn = split_even(model.heads, tp, head_unit(model)), split_even(model.ffn, tp, model.quant_group)
+    heads, ffn = split_even(model.heads, tp, head_unit(model)), split_even(model.ffn, tp, model.ffn_unit)
     vocab, none = split_even(model.vocab, tp), ((0, 0),) * tp
     names = iter(d.name for d in used)
     replicas = []
@@ -170,12 +170,12 @@ def split_stage(
         for c in costs
     ]
     heads = split_by_time(model.heads, _level(head_ns, costs, [heads for heads, _ in paces]), head_unit(model))
-    wide = math.lcm(FFN_UNIT, model.quant_group)
+    wide = math.lcm(FFN_UNIT, model.ffn_unit)
     ffn_ns = [float(c.ffn_rows(rows, model.ffn)[0]) for c in costs]
     ffn = split_by_time(
         model.ffn,
         _level(ffn_ns, costs, [columns for _, columns in paces]),
-        wide if model.ffn >= wide * tp else model.quant_group,
+        wide if model.ffn >= wide * tp else model.ffn_unit,
     )
     # One split of the vocabulary for both ends, so that a tied matrix is held once.
     vocab_ns = [float(c.head_rows(sampled, model.vocab)[0]) for c in costs]

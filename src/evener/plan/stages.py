@@ -220,7 +220,7 @@ class Stages:
             return split_by_weight(total, shares, multiple)
 
         heads = cut(model.heads, head_unit(model), [size(sh.heads) for sh in fast], 0)
-        ffn = cut(model.ffn, model.quant_group, [size(sh.ffn) for sh in fast], 1)
+        ffn = cut(model.ffn, model.ffn_unit, [size(sh.ffn) for sh in fast], 1)
         ends = [max(size(sh.embed_rows), size(sh.head_rows)) for sh in fast]
         vocab = cut(model.vocab, FFN_UNIT if model.vocab >= FFN_UNIT * len(group) else 1, ends, 1)
         none = (0, 0)

@@ -26,7 +26,7 @@ from evener.profile.items import (
     ReadBandwidth,
     Setup,
 )
-from evener.spec.model import QUANT_GROUP, kv_token_bytes, whole_group
+from evener.spec.model import QUANT_GROUP, ffn_group, kv_token_bytes, whole_group
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +130,7 @@ class Probe:
             hidden, ffn = CUDA_LAYER if self.cuda else CPU_LAYER
             wide = whole_group(hidden)
             shapes = [(hidden * 5 // 3, hidden, wide), (hidden, hidden, QUANT_GROUP)]
-            shapes += [(2 * ffn, hidden, wide), (hidden, ffn, QUANT_GROUP)]
+            shapes += [(2 * ffn, hidden, wide), (hidden, ffn, ffn_group(ffn))]
             kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}[dtype]
             layer_bytes = sum(n * k for n, k, _ in shapes) * kind.itemsize
             # On the CPU weights are made from fp32, as the workers make them.

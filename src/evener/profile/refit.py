@@ -4,8 +4,8 @@
     refit.issued(...), .span(...)
     better = refit.fit(version)    a new, immutable cost model with its held-out error
 
-It can follow a run that goes on: `due` says when enough batches came since the last fit. Memory is bounded: of every
-shard the newest observations are kept, so a model follows a machine that changes.
+It can follow a run that goes on: `due` says when enough batches came since the last fit. Memory is bounded then: of
+every shard the newest observations are kept, so a model follows a machine that changes.
 """
 
 from collections import deque
@@ -38,7 +38,7 @@ HELD_OUT = 4
 PULL = 0.02
 """How strongly a factor that the spans say little about stays near the common one (see `nonnegative_fit`)."""
 KEPT = 4096
-"""Spans kept per shard."""
+"""Spans kept per shard of a run that goes on."""
 COLLECTIVE_SIZES = (1024, 1 << 20)
 _REDUCE = (int(Op.ALL_REDUCE),)
 _SEND = (int(Op.SEND), int(Op.RECV))
@@ -47,19 +47,20 @@ _SEND = (int(Op.SEND), int(Op.RECV))
 class Refit:
     """Collects what batches were made of and what they took, and fits."""
 
-    def __init__(self, base: RooflineCostModel, every: int = 2000) -> None:
-        """`every`: batches between two fits, for `due`."""
+    def __init__(self, base: RooflineCostModel, every: int = 2000, kept: int | None = KEPT) -> None:
+        """`every`: batches between two fits, for `due`. `kept`: newest spans of a shard; None: all of them."""
         self.base = base
         self._every = every
+        self._kept = kept
         self._since = 0
         self._made_of: dict[tuple[int, int], MakeUp] = {}
         self._seen: dict[tuple[int, int, int], deque[Observation]] = {}
         self._moves: dict[int, deque[tuple[int, int, int]]] = {}
         """Ranks -> (operations, bytes, nanoseconds); a send counts as two ranks."""
-        self._hosts: deque[HostObservation] = deque(maxlen=KEPT)
+        self._hosts: deque[HostObservation] = deque(maxlen=kept)
         self._open: dict[tuple[int, int, int], list[Span]] = {}
         """Stage of a batch -> what its ranks did, until all have told."""
-        self._turns: deque[tuple[int, int]] = deque(maxlen=KEPT)
+        self._turns: deque[tuple[int, int]] = deque(maxlen=kept)
         """What every rank waited for others at least, and what the slowest computed."""
 
     def issued(self, replica: int, batch_id: int, made_of: MakeUp) -> None:
@@ -76,7 +77,7 @@ class Refit:
         if made_of is None or made_of.shape.tokens == 0 or span.compute <= 0:
             return
         at = span.replica, span.stage, span.rank
-        seen = self._seen.setdefault(at, deque(maxlen=KEPT))
+        seen = self._seen.setdefault(at, deque(maxlen=self._kept))
         seen.append(Observation(*at, made_of.shape, span.compute, span.repeat))
         ranks = len(self.base.plan.replicas[span.replica].stages[span.stage].shards)
         if ranks > 1:
@@ -84,7 +85,7 @@ class Refit:
         for part in span.traffic:
             size = ranks if part.op in _REDUCE else 2 if part.op in _SEND else 0
             if size > 1 and part.count and part.moving > 0:
-                self._moves.setdefault(size, deque(maxlen=KEPT)).append((part.count, part.nbytes, part.moving))
+                self._moves.setdefault(size, deque(maxlen=self._kept)).append((part.count, part.nbytes, part.moving))
         self._since += span.rank == 0 and span.stage == 0
 
     def _wait(self, span: Span, ranks: int) -> None:

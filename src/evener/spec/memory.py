@@ -4,7 +4,7 @@ from msgspec import Struct
 
 from evener.errors import InvalidPlan
 from evener.spec.cluster import Cluster, Device
-from evener.spec.model import DTYPE_BYTES, QUANT_GROUP, ModelSpec, kv_token_bytes, whole_group
+from evener.spec.model import DTYPE_BYTES, QUANT_GROUP, ModelSpec, ffn_group, kv_token_bytes, whole_group
 from evener.spec.plan import Replica, Shard, Stage, size
 from evener.units import Bytes, human_bytes
 
@@ -36,7 +36,8 @@ def weight_bytes(shard: Shard, stage: Stage, model: ModelSpec, dtype: str) -> By
     q, kv, ffn = model.head_dim * size(shard.heads), model.head_dim * (kv_b - kv_a), size(shard.ffn)
     wide = whole_group(model.hidden)
     read_whole = matrix_bytes(q + 2 * kv + 2 * ffn, model.hidden, dtype, wide)
-    layer = read_whole + matrix_bytes(model.hidden, q, dtype) + matrix_bytes(model.hidden, ffn, dtype)
+    down = matrix_bytes(model.hidden, ffn, dtype, ffn_group(model.ffn))
+    layer = read_whole + matrix_bytes(model.hidden, q, dtype) + down
     norms = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0)
     biases = model.head_dim * (size(shard.heads) + 2 * (kv_b - kv_a)) if model.qkv_bias else 0
     biases += model.hidden if model.o_bias else 0

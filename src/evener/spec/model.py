@@ -1,5 +1,7 @@
 """What a decoder-only model is, as far as planning and execution need to know. No torch."""
 
+import math
+
 from msgspec import Struct
 
 from evener.units import Bytes
@@ -10,6 +12,8 @@ QUANT_GROUP = 64
 """Fewest inputs of an int8 product that share a scale (`evener.kernels.QUANT_GROUP`)."""
 WIDEST_GROUP = 192
 """Most that do: beyond, perplexity pays for speed that the kernels no longer gain."""
+FFN_PARTS = 12
+"""Fewest parts that the FFN's columns can be cut into where their groups are wider than QUANT_GROUP."""
 
 
 def quant_group(dtype: str) -> int:
@@ -22,6 +26,13 @@ def whole_group(inputs: int) -> int:
     and up, of the head: the fewer scales, the faster. The most up to WIDEST_GROUP that divide them evenly."""
     wide = range(WIDEST_GROUP, QUANT_GROUP, -QUANT_GROUP)
     return next((group for group in wide if inputs % group == 0), QUANT_GROUP)
+
+
+def ffn_group(columns: int) -> int:
+    """Inputs of an int8 down_proj that share a scale. Ranks split them, so that cuts fall on multiples of this: twice
+    QUANT_GROUP where that divides them and leaves FFN_PARTS to deal out."""
+    wide = 2 * QUANT_GROUP
+    return wide if columns % wide == 0 and columns >= FFN_PARTS * wide else QUANT_GROUP
 
 
 def kv_token_bytes(head_dim: int, kv_dtype: str) -> int:
@@ -65,12 +76,17 @@ class ModelSpec(Struct, frozen=True):
     qk_norm: bool = False
     """RMSNorm per head on queries and keys before the rotation (Qwen3)."""
     quant_group: int = 1
-    """Cuts of the inputs of o_proj and down_proj fall on multiples of this (1: anywhere)."""
+    """Cuts of the inputs of o_proj and down_proj fall on multiples of this (1: anywhere). See `ffn_unit`."""
 
     @property
     def group(self) -> int:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def ffn_unit(self) -> int:
+        """FFN columns between legal cuts."""
+        return 1 if self.quant_group == 1 else math.lcm(self.quant_group, ffn_group(self.ffn))
 
     def layer_params(self) -> int:
         """Weights of one layer, elements."""

@@ -133,10 +133,10 @@ def _cover(parts: list[Interval], total: int, what: str, where: str) -> None:
         raise InvalidPlan(f"{where}: {what} [{at}, {total}) belong to nobody; extend the last interval")
 
 
-def _on_group(cut: int, multiple: int, total: int, what: str, where: str, model: ModelSpec) -> None:
+def _on_group(cut: int, multiple: int, total: int, what: str, where: str) -> None:
     if cut % multiple and cut != total:
         raise InvalidPlan(
-            f"{where}: {what} cut {cut} is not a multiple of {multiple} (quantisation group {model.quant_group}); "
+            f"{where}: {what} cut {cut} is not a multiple of {multiple} (inputs that share a scale in int8); "
             f"move it to {cut // multiple * multiple}"
         )
 
@@ -177,9 +177,9 @@ def validate(plan: Plan, model: ModelSpec, cluster: Cluster) -> None:
             _cover([sh.ffn for sh in stage.shards], model.ffn, "FFN columns", where)
             for sh in stage.shards:
                 for cut in sh.heads:
-                    _on_group(cut, head_unit(model), model.heads, "query head", where, model)
+                    _on_group(cut, head_unit(model), model.heads, "query head", where)
                 for cut in sh.ffn:
-                    _on_group(cut, model.quant_group, model.ffn, "FFN", where, model)
+                    _on_group(cut, model.ffn_unit, model.ffn, "FFN", where)
             first, last = s == 0, s == len(replica.stages) - 1
             for rows, here, what in (
                 ([sh.embed_rows for sh in stage.shards], first, "embedding rows"),
@@ -212,7 +212,7 @@ def from_mapping(raw: Any, model: ModelSpec) -> Plan:
             shards = [{"device": x} if isinstance(x, str) else x for x in stage["shards"]]
             if not all(isinstance(x, dict) for x in shards):
                 raise InvalidPlan(f"{where}: a shard is a device name or a mapping with `device`")
-            wanted = [("heads", model.heads, head_unit(model)), ("ffn", model.ffn, model.quant_group)]
+            wanted = [("heads", model.heads, head_unit(model)), ("ffn", model.ffn, model.ffn_unit)]
             wanted += [("embed_rows", model.vocab, 1)] if s == 0 else []
             wanted += [("head_rows", model.vocab, 1)] if s == len(replica["stages"]) - 1 else []
             for key, total, multiple in wanted:

@@ -63,7 +63,7 @@ def observe(path: Path, *more: Path) -> Refit:
     header, _ = open_recording(path)
     base = recorded_costs(header)
     assert isinstance(base, RooflineCostModel)
-    refit = Refit(base)
+    refit = Refit(base, kept=None)  # or of several runs the last alone would count
     for each in (path, *more):
         other, kept = open_recording(each)
         if (other.plan, other.costs) != (header.plan, header.costs):
