@@ -26,7 +26,9 @@ from evener.spec.memory import BLOCK_TOKENS
 # SmolLM2-135M, 400 positions of random tokens and of prose: the largest error was 0.004 in bf16 and 0.018 in int8, the
 # mean divergence over the whole vocabulary 1.7e-4 and 6.1e-3.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.015, "int8": 0.06}
-"""Largest error of a log-probability over the spread of its row (greatest minus least over the vocabulary)."""
+"""Error of a log-probability over the spread of its row (greatest minus least over the vocabulary): in fp32 the
+largest that passes; elsewhere, doubled, how far from the best a chosen token may be. One position of thousands may be
+further off in a narrow format: what that may cost is bounded on average, by KL_BOUND."""
 KL_BOUND = {"fp32": 1e-6, "bf16": 1e-3, "int8": 2e-2}
 """Mean KL divergence from the reference, nats, over the engine's best tokens and all others as one."""
 _KEPT = 128
@@ -49,7 +51,8 @@ class Verdict(Struct, frozen=True):
     """Mean KL divergence from the reference, nats, over the engine's best tokens and all others as one."""
     kl_bound: float
     max_rel_err: float
-    """Over all compared log-probabilities (the best of every position): |engine - reference| / row spread."""
+    """Over all compared log-probabilities (the best of every position): |engine - reference| / row spread. Bounded by
+    `tolerance` in fp32."""
     greedy_equal: int
     """Sequences whose whole greedy text is the reference's."""
     diverged_at_ties: int
@@ -148,7 +151,8 @@ def compare(
     """A sequence of the engine beside the reference's distributions over the same tokens.
 
     A greedy token may differ where the reference's best two are within `tolerance`. Narrow formats (not `exact`) move
-    every token by up to the tolerance, so that any within twice of it from the best may win.
+    every token by up to the tolerance, so that any within twice of it from the best may win; and a token may be among
+    their best that the reference has not kept, and so holds for no likelier than the last that it has.
     """
     output = out.outputs[0]
     assert output.logprobs is not None
@@ -162,13 +166,14 @@ def compare(
     first_output = len(positions) - len(output.token_ids)
     for k, (ours, theirs) in enumerate(zip(wanted, positions, strict=True)):
         known = dict(zip(theirs.ids.tolist(), theirs.logprobs.tolist(), strict=True))
+        last = float(theirs.logprobs[-1])
         assert ours.top, "the engine sent no alternatives to compare"
         kl += divergence(ours, known)
         for token, logprob in ours.top:
-            if token not in known:
-                worst, verdict = float("inf"), "wrong"
+            if exact and token not in known:
+                worst, verdict = math.inf, "wrong"
                 continue
-            error = abs(logprob - known[token]) / theirs.spread
+            error = abs(logprob - known.get(token, min(last, logprob))) / theirs.spread
             worst = max(worst, error if math.isfinite(error) else math.inf)
         if k >= first_output and ours.token != int(theirs.ids[0]):
             best = float(theirs.logprobs[0])
@@ -252,7 +257,7 @@ def verify(
     verdicts = Counter(c.verdict for c in compared)
     positions = sum(c.positions for c in compared)
     kl = sum(c.kl for c in compared) / positions
-    equal = worst <= tolerance and kl <= kl_bound and not verdicts["wrong"]
+    equal = (worst <= tolerance or not exact) and kl <= kl_bound and not verdicts["wrong"]
     return Verdict(
         plan=prepared.plan.name,
         passed=equal and not not_seen,

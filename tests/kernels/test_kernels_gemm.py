@@ -196,6 +196,15 @@ def test_sums_of_the_largest_integers_do_not_overflow(isa: str) -> None:
         torch.testing.assert_close(kernels.linear(x, packed).double(), expected, rtol=0, atol=0.01 * 3 * 5 * 512)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("n", "k"), [(0, 8), (8, 0)])
+def test_a_weight_without_rows_or_inputs_gives_zeros(dtype: torch.dtype, n: int, k: int) -> None:
+    packed = kernels.pack_weight(torch.randn(n, k), dtype)
+    got = kernels.linear(torch.randn(3, k), packed)
+    assert got.dtype is torch.float32 and torch.equal(got, torch.zeros(3, n))
+    assert packed.rows(torch.zeros(0, dtype=torch.int64)).dtype is torch.float32
+
+
 def test_int8_is_made_from_fp32() -> None:
     with pytest.raises(ValueError, match="weight_NK is bfloat16"):
         kernels.pack_weight(torch.randn(5, 4).bfloat16(), torch.int8)

@@ -51,9 +51,10 @@ class Deployment:
 
     def __init__(
         self, source: ModelSource, stages: list[Stage], max_len: int = 64, sequences: int = 4,
-        dtype: torch.dtype = torch.float32, kv_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32, kv_dtype: torch.dtype = torch.float32, spec: ModelSpec | None = None,
     ) -> None:  # fmt: skip
-        self.stages, self.spec = stages, source.spec
+        """`spec`: the source's, changed."""
+        self.stages, self.spec = stages, spec or source.spec
         per_sequence = -(-max_len // BLOCK_TOKENS)
         n_blocks = per_sequence * sequences + 1
         shuffled = torch.randperm(n_blocks - 1, generator=torch.Generator().manual_seed(3)) + 1
@@ -62,7 +63,7 @@ class Deployment:
             [
                 StageModel(
                     source,
-                    source.spec,
+                    self.spec,
                     stage,
                     shard,
                     first_stage=s == 0,

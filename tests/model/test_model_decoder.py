@@ -8,6 +8,7 @@ from checkpoints import CHECKPOINTS
 from deployment import Deployment, Piece, relative_error, stages
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from evener.errors import InvalidInput
 from evener.model.decoder import StageModel
@@ -68,6 +69,19 @@ def test_shards_without_heads_columns_or_vocabulary(checkpoint, name):
         head=[(0, 3), (3, v - 1), (v - 1, v)],
     )
     check(Deployment(source, split), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_shards_without_parts_are_the_same_model_in_every_dtype(checkpoint, name, dtype):
+    directory, _ = checkpoint(name)
+    source = open_model(directory)
+    spec = structs.replace(source.spec, quant_group=64)
+    n, f, v = spec.heads, spec.ffn, spec.vocab
+    none = {"heads": [(0, 0), (0, n)], "ffn": [(0, f), (f, f)], "embed": [(0, v), (v, v)], "head": [(0, 0), (0, v)]}
+    batch = [Piece(i, 0, tokens) for i, tokens in enumerate(PROMPTS)]
+    split, whole = (Deployment(source, stages(spec, **cuts), dtype=dtype, spec=spec).run(batch) for cuts in (none, {}))
+    assert relative_error(split, whole) < 1e-5
 
 
 def test_padding_rows_change_nothing_and_write_no_kv(checkpoint):

@@ -88,8 +88,10 @@ def pack_weight(weight_NK: torch.Tensor, dtype: torch.dtype | None = None, group
         raise ValueError(f"group {group} must be a multiple of {QUANT_GROUP} up to {MAX_QUANT_GROUP}")
     if dtype is torch.int8 and (weight_NK.dtype is not torch.float32 or not weight_NK.is_cpu):
         fail("weight_NK", weight_NK, "float32 on cpu to be quantised")
-    if dtype not in (torch.float32, torch.bfloat16, torch.int8) or not weight_NK.is_cpu or n == 0 or k == 0:
-        return PackedWeight(weight_NK.to(torch.float32 if dtype is torch.int8 else dtype), n, k, 0)
+    if dtype not in (torch.float32, torch.bfloat16, torch.int8) or not weight_NK.is_cpu:
+        return PackedWeight(weight_NK.to(dtype), n, k, 0)
+    if n == 0 or k == 0:  # nothing to pack: its products are zeros, in fp32 like those of every packed weight
+        return PackedWeight(weight_NK.to(torch.float32), n, k, 0)
     columns, isa = _native.gemm_columns(), _native.isa()
     panels = -(-n // columns)
     if dtype is torch.int8:
