@@ -8,8 +8,9 @@ that others use changes its speed from minute to minute. The same arrivals go th
 model.
 
 The error is set beside the spread of the live runs (largest minus smallest over the median): no prediction can be
-better than that. Nothing predicts what other processes take from the devices (`contended`); the last columns take it as
-known, second by second, and so show the error of the model itself.
+better than that. Nothing predicts what other processes take from the devices (`contended`); two columns take it as
+known, second by second, and so show the error of the model itself. The last says how far the prediction moves when every
+device is 5% slower: where bursts exceed what the plan can carry, queues multiply an error of the model.
 """
 
 import argparse
@@ -27,7 +28,9 @@ from msgspec import structs
 from common import RESULTS, SHARED, markdown, save
 from evener.api import EngineOptions, make_options, prepare
 from evener.cost.base import CostModel
+from evener.execute.sim.traffic import SlowDown
 from evener.ledger.causes import Cause
+from evener.units import Nanoseconds
 from evener.workload.backtest import Line, achieved, others_took, predicted, read_traffic, set_beside
 from evener.workload.calibrate import observe
 from evener.workload.compare import requests_of, warm_up_of
@@ -39,6 +42,8 @@ from evener.workload.trace import Trace, read_trace
 
 WARM_UP = 4
 LOAD = 0.7
+SLOWER = 1.05
+"""How much slower the devices are assumed, to see how far a prediction moves."""
 TARGETS = {"output tok/s": 0.05, "TTFT": 0.10, "TPOT": 0.10, "share": 3.0}
 """Largest errors wanted: relative, and of ledger shares in points."""
 SATURATED = ("output tok/s",)
@@ -77,6 +82,7 @@ def beside(costs: CostModel, paths: Sequence[Path]) -> tuple[list[dict[str, Any]
     """Figures of the median run, its prediction, and the spread over the runs; and the share that was contended."""
     runs: list[dict[str, Line]] = []
     given: list[dict[str, Line]] = []
+    slower: list[dict[str, Line]] = []
     contended = []
     for path in paths:
         traffic = read_traffic(path, WARM_UP)
@@ -85,12 +91,15 @@ def beside(costs: CostModel, paths: Sequence[Path]) -> tuple[list[dict[str, Any]
         runs.append({line.what: line for line in set_beside(predicted(traffic, costs), did)})
         knowing = predicted(traffic, costs, slow_downs=took)
         given.append({line.what: line for line in set_beside(knowing, did)})
+        late = [SlowDown(device, Nanoseconds(0), SLOWER) for device in costs.plan.devices()]
+        slower.append({line.what: line for line in set_beside(predicted(traffic, costs, slow_downs=late), did)})
         contended.append(did.account.total.share(Cause.CONTENDED))
     out = []
     for what in dict.fromkeys(w for r in runs for w in r):
         share = what.endswith("%")
         said, got = _medians([r.get(what) for r in runs])
         knowing_said, _ = _medians([r.get(what) for r in given])
+        slower_said, _ = _medians([r.get(what) for r in slower])
         one, knowing_one = Line(what, said, got, share), Line(what, knowing_said, got, share)
         each = [x.achieved for r in runs if (x := r.get(what)) is not None and x.achieved is not None]
         spread = max(each, default=0.0) - min(each, default=0.0)
@@ -98,7 +107,8 @@ def beside(costs: CostModel, paths: Sequence[Path]) -> tuple[list[dict[str, Any]
             spread /= got
         out.append({"what": what, "predicted": said, "achieved": got, "error": one.error,
                     "spread": spread if len(runs) > 1 else None, "given": knowing_said,
-                    "given_error": knowing_one.error, "share": share})  # fmt: skip
+                    "given_error": knowing_one.error, "moves": slower_said / said - 1 if said else None,
+                    "share": share})  # fmt: skip
     return out, median(contended)
 
 
@@ -145,8 +155,9 @@ def _row(x: dict[str, Any]) -> list[object]:
     spread = None if x["spread"] is None else shown(x["spread"]).lstrip("+")
     errors = ["-" if x[k] is None else shown(x[k]) for k in ("error", "given_error")]
     if x["share"]:  # there what others took counts as compute
-        return [x["what"], x["predicted"], x["achieved"], errors[0], spread, None, None]
-    return [x["what"], x["predicted"], x["achieved"], errors[0], spread, x["given"], errors[1]]
+        return [x["what"], x["predicted"], x["achieved"], errors[0], spread, None, None, None]
+    moves = None if x["moves"] is None else f"{x['moves']:+.0%}"
+    return [x["what"], x["predicted"], x["achieved"], errors[0], spread, x["given"], errors[1], moves]
 
 
 def main() -> None:
@@ -186,7 +197,7 @@ def main() -> None:
             at.mkdir(parents=True, exist_ok=True)
             results[name] = measure(options, trace, args.requests, args.rounds, at)
     headers = ["plan", "load", "figure", "predicted", "achieved", "error", f"spread of {args.rounds} live runs",
-               "knowing what others took", "error"]  # fmt: skip
+               "knowing what others took", "error", "moves, 5% slower"]  # fmt: skip
     print(markdown(headers, [row for name, result in results.items() for row in rows_of(name, result)]))
     noise = [[k, load, f"{v['fit_error'][load]:.1%}", f"{v['contended'][load]:.1%}"] for k, v in results.items()
              for load in v["contended"]]  # fmt: skip
