@@ -9,8 +9,8 @@ model.
 
 The error is set beside the spread of the live runs (largest minus smallest over the median): no prediction can be
 better than that. Nothing predicts what other processes take from the devices (`contended`); two columns take it as
-known, second by second, and so show the error of the model itself. The last says how far the prediction moves when every
-device is 5% slower: where bursts exceed what the plan can carry, queues multiply an error of the model.
+known, second by second, and so show the error of the model itself. The last says how far the prediction moves when
+every device is 5% slower: where bursts exceed what the plan can carry, queues multiply an error of the model.
 """
 
 import argparse
