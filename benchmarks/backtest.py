@@ -16,6 +16,7 @@ every device is 5% slower: where bursts exceed what the plan can carry, queues m
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,10 +73,12 @@ def requests(trace: Trace, rate: float = math.inf) -> list[TimedRequest]:
 
 def run(options: EngineOptions, todo: list[TimedRequest], path: Path) -> None:
     """Serve and record."""
-    prepared = prepare(structs.replace(options, record=str(path), max_queue=len(todo)))
+    unfinished = path.with_suffix(".unfinished")
+    prepared = prepare(structs.replace(options, record=str(unfinished), max_queue=len(todo)))
     served = run_live(prepared, todo, warm_up_of(todo, WARM_UP))
     if served.report.failed:
         raise SystemExit(f"{served.report.failed} requests failed: {served.report.failures}")
+    unfinished.rename(path)
 
 
 def beside(costs: CostModel, paths: Sequence[Path]) -> tuple[list[dict[str, Any]], float]:
@@ -191,10 +194,14 @@ def main() -> None:
     before = json.loads(found.read_text()) if args.only and found.exists() else {}
     results = before["plans"] if before.get("settings") == settings else {}
     with TemporaryDirectory() as folder:
-        for k, (name, options) in enumerate(chosen.items()):
+        for name, options in chosen.items():
             print(name, file=sys.stderr, flush=True)
-            at = (args.keep or Path(folder)) / f"plan{k}"
+            at = (args.keep or Path(folder)) / re.sub(r"\W+", "-", name)
             at.mkdir(parents=True, exist_ok=True)
+            made_with = at / "settings.json"
+            if made_with.exists() and json.loads(made_with.read_text()) != settings:
+                parser.error(f"--keep {args.keep}: {made_with} tells of other settings; name another folder")
+            made_with.write_text(json.dumps(settings))
             results[name] = measure(options, trace, args.requests, args.rounds, at)
     headers = ["plan", "load", "figure", "predicted", "achieved", "error", f"spread of {args.rounds} live runs",
                "knowing what others took", "error", "moves, 5% slower"]  # fmt: skip

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from common import markdown, save
 from evener.api import Prepared
 from evener.ledger.causes import Cause
-from evener.spec.memory import matrix_bytes
+from evener.spec.memory import weight_bytes
 from evener.workload.rehearse import Rehearsal
 from evener.workload.requests import TimedRequest
 from steady import engine, equal, losses, rates, run, share_of, weights
@@ -55,7 +55,9 @@ def achieved(case: Case, done: Rehearsal, prepared: Prepared, dtype: str) -> tup
         flop = 2 * (tokens * layers + len(case.requests) * head)
         return tokens / done.report.duration_s, flop / done.report.duration_s / 1e9
     if case.name == "one stream":
-        return 1 / step_s, (matrix_bytes(1, layers, dtype) + matrix_bytes(1, head, dtype)) / step_s / 1e9
+        stages = prepared.plan.replicas[0].stages  # the embedding is tied, and so counted once, as the head
+        read = sum(weight_bytes(shard, stage, prepared.model, dtype) for stage in stages for shard in stage.shards)
+        return 1 / step_s, read / step_s / 1e9
     return ROWS / step_s, 2 * ROWS * (layers + head) / step_s / 1e9
 
 

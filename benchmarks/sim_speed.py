@@ -179,12 +179,16 @@ def main() -> int:
         print(json.dumps(run(CASES[args.case])))
         return 0
     found = RESULTS / "sim_speed.json"
-    before: dict[str, Any] = json.loads(found.read_text())["rounds"] if args.only and found.exists() else {}
+    earlier: dict[str, Any] = json.loads(found.read_text()) if args.only and found.exists() else {}
+    before = earlier.get("rounds", {})
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in args.only or CASES}
     compared = sorted({(CASES[n].requests, CASES[n].replicas) for n in rounds if CASES[n].beside and args.vidur})
-    peer: dict[tuple[int, int], list[dict[str, Any]]] = {size: [] for size in compared}
+    peer: dict[tuple[int, int], list[dict[str, Any]]] = {(n, r): v for n, r, v in earlier.get("vidur", [])}
+    peer |= {size: [] for size in compared}
+    again = set(rounds)
     for k in range(args.rounds):
-        for size, theirs in peer.items():
+        for size in compared:
+            theirs = peer[size]
             print(f"round {k + 1} of {args.rounds}: Vidur, {size[0]:,} on {size[1]}", file=sys.stderr, flush=True)
             theirs.append(vidur(args.vidur, *size))
         for name, results in rounds.items():
@@ -196,8 +200,9 @@ def main() -> int:
     for name, results in rounds.items():
         took = statistics.median(r["seconds"] for r in results)
         case, last = CASES[name], results[-1]
-        measured = case.beside and (not args.only or name in args.only)
-        theirs = peer.get((case.requests, case.replicas), []) if measured else []
+        size = case.requests, case.replicas
+        # Side by side are only those of one run.
+        theirs = peer.get(size, []) if case.beside and (name in again) == (size in compared) else []
         ratios = [v["seconds"] / r["seconds"] for v, r in zip(theirs, results, strict=bool(theirs))]
         rows.append(
             (

@@ -44,8 +44,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "lopsided": {},
 }
 COLUMNS = (
-    "passed", "max_rel_err", "kl", "kl_bound", "greedy_equal", "diverged_at_ties", "diverged_wrongly", "sequences",
-    "positions", "chunked_prompts", "mixed_batches", "prefix_hit_tokens", "preemptions", "seconds",
+    "passed", "max_rel_err", "beyond", "kl", "kl_bound", "greedy_equal", "diverged_at_ties", "diverged_wrongly",
+    "sequences", "positions", "chunked_prompts", "mixed_batches", "prefix_hit_tokens", "preemptions", "seconds",
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ app = typer.Typer()
 app.command()(command)
 GOOD = Verdict(
     plan="tp2", passed=True, equal=True, not_seen=(), dtype="fp32", kv_dtype="fp32", kl=0.0, kl_bound=1e-6,
-    max_rel_err=1e-6, greedy_equal=3, diverged_at_ties=0,
+    max_rel_err=1e-6, beyond=0.0, greedy_equal=3, diverged_at_ties=0,
     diverged_wrongly=0, sequences=3, positions=9, tolerance=1e-3, chunked_prompts=1, mixed_batches=1,
     prefix_hit_tokens=16, preemptions=1, seconds=1.0,
 )  # fmt: skip

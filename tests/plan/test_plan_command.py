@@ -13,7 +13,6 @@ from evener.plan.search import search
 from evener.plan.stages import Stages
 from evener.planning import PlanOptions, make_plan, make_problem
 from evener.spec.cluster import parse_device
-from evener.spec.model import QUANT_GROUP
 from evener.workload.spec import parse_traffic
 
 CONFIG = {
@@ -78,7 +77,9 @@ def test_int8_plans_are_cut_where_serve_takes_them(folder: Path) -> None:
     options = PlanOptions(model=str(folder / "config.json"), devices=said, traffic="in=32,out=8", dtype="int8")
     problem = make_problem(options)
     split = [s for scored in search(problem) for r in scored.plan.replicas for s in r.stages if len(s.shards) > 1]
-    assert split and {cut % QUANT_GROUP for stage in split for shard in stage.shards for cut in shard.ffn} == {0}
+    assert split and {
+        cut % problem.model.ffn_unit for stage in split for shard in stage.shards for cut in shard.ffn
+    } == {0}
 
 
 def test_json_says_everything(folder: Path) -> None:

@@ -163,7 +163,7 @@ def _aligned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 _LINE, _HUGE_PAGE, _ROOM_BYTES = 64, 2 << 20, 32 << 20
 _lock = Lock()
 _room = torch.empty(0, dtype=torch.int8)
-"""What is left of the last room; it goes when the weights in it have gone."""
+"""What is left of the last room. A room goes when all weights in it have gone: a model's come and go together."""
 
 
 def _huge(size: int) -> torch.Tensor:

@@ -16,11 +16,9 @@ from evener.ledger.finding import (
     share_of,
     stage_name,
 )
+from evener.spec.model import QUANT_GROUP, ffn_group
 from evener.spec.plan import size, split_by_weight
 from evener.units import human_bytes
-
-_COLUMNS = 64
-"""FFN columns are split in multiples of this, which suits every quantisation group."""
 
 
 def straggler(account: Account, hints: Hints) -> Iterator[Finding]:
@@ -63,7 +61,8 @@ def _resplit(ranks: list[DeviceAccount], late: str, at: int) -> str:
     speeds = [p / r.compute_s if r.compute_s else 0.0 for p, r in zip(part, ranks, strict=True)]
     others = "the other" if len(ranks) == 2 else "the others"
     new_heads = size(split_by_weight(heads, speeds)[at]) if heads else 0
-    new_ffn = size(split_by_weight(ffn, speeds, _COLUMNS if ffn % _COLUMNS == 0 else 1)[at]) if ffn else 0
+    unit = ffn_group(ffn) if ffn % QUANT_GROUP == 0 else 1  # legal in every dtype
+    new_ffn = size(split_by_weight(ffn, speeds, unit)[at]) if ffn else 0
     if new_heads == ranks[at].heads and abs(new_ffn - ranks[at].ffn) * 100 < ffn:
         return f"{late} arrives late although heads are split by speed: use fewer tensor-parallel ranks"
     return (
