@@ -47,7 +47,7 @@ def test_a_slow_rank_gets_fewer_heads() -> None:
         in found.evidence
     )
     # A second of it is worth 0.31 of both.
-    assert found.remedy == "d0.0.1 arrives late: give it 3 of 9 heads and 448 of 1536 FFN columns, the other more"
+    assert found.remedy == "d0.0.1 arrives late: give it 3 of 9 heads and 512 of 1536 FFN columns, the other more"
 
 
 def test_the_late_rank_of_an_unequal_split_hears_of_its_own_share() -> None:
@@ -62,7 +62,7 @@ def test_the_late_rank_of_an_unequal_split_hears_of_its_own_share() -> None:
     teller = Teller(Plan((Replica((stage,)),)))
     steady(teller, {(0, 0): {}, (0, 1): {"straggler": 8}})  # 20 ms of two thirds, 12 ms of a third
     remedy = findings(teller)["straggler"].remedy
-    assert remedy == "d0.0.0 arrives late: give it 5 of 9 heads and 832 of 1536 FFN columns, the other more"
+    assert remedy == "d0.0.0 arrives late: give it 5 of 9 heads and 896 of 1536 FFN columns, the other more"
 
 
 def test_a_rank_that_gets_no_core_is_not_given_fewer_heads() -> None:
