@@ -150,9 +150,11 @@ def main() -> None:
         for target in servers:
             print(f"round {k + 1}: {target.name}", flush=True)
             results[target.name].append(measure(target, args.rate, args.share))
+            print(json.dumps(results[target.name][-1]), flush=True)  # a failure later does not lose it
         for name, command in scripts.items():
             print(f"round {k + 1}: {name}", flush=True)
             results[name].append(by_script(command))
+            print(json.dumps(results[name][-1]), flush=True)
 
     def typical(name: str, key: str) -> float | None:
         found = [r[key] for r in results[name] if r.get(key) is not None]

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from evener import kernels
 from evener.errors import InvalidInput
 from evener.model.decoder import StageModel
 from evener.model.source import open_model
@@ -174,3 +175,37 @@ def test_other_dtypes_are_refused(checkpoint):
     with pytest.raises(InvalidInput, match=r"torch.float16 is not supported on cpu; supported: torch.float32, .*int8"):
         StageModel(source, source.spec, stage, stage.shards[0], first_stage=True, last_stage=True, rank=0,
                    dtype=torch.float16)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_logits_do_not_depend_on_threads(checkpoint, dtype, threads):
+    """Few rows share the columns among the threads, many are divided by rows: the same bits."""
+    source = open_model(checkpoint("qwen3")[0])
+    deployment = Deployment(source, stages(source.spec), max_len=256, dtype=dtype)
+    ids = [(7 * i + 3) % source.spec.vocab for i in range(230)]
+    for cuts in ([1], [31], [32, 40], [100, 50], [230], [210, 3, 1]):
+        batch = [Piece(i, 0, ids[:n]) for i, n in enumerate(cuts)]
+        alone = deployment.run(batch)
+        kernels.set_threads(threads)
+        try:
+            together = deployment.run(batch)
+        finally:
+            kernels.set_threads(1)
+        assert torch.equal(together, alone)
+
+
+def test_a_bad_position_in_a_large_batch_is_an_error_on_every_number_of_threads(checkpoint):
+    """Not the end of the process: what helpers run must not throw."""
+    source = open_model(checkpoint("smol")[0])
+    deployment = Deployment(source, stages(source.spec), max_len=256)
+    model = deployment.models[0][0]
+    for threads in (1, 3):
+        rows, tokens_T = deployment.rows([Piece(0, 0, list(range(90)) * 2)], 0)
+        rows.positions_T[170] = 10_000
+        kernels.set_threads(threads)
+        try:
+            with pytest.raises(ValueError, match="positions holds 10000, outside"):
+                model.run_layers(model.embed(tokens_T, None), rows, None)
+        finally:
+            kernels.set_threads(1)

@@ -121,6 +121,37 @@ def test_a_server_that_hangs_up_at_once() -> None:
     assert make_report(asyncio.run(measure())).failures == {"broken_stream": 1}
 
 
+def test_a_server_that_closes_connections_it_said_to_keep() -> None:
+    """llama.cpp's does so after a stream: a second request on one of its connections gets no answer."""
+    events = (
+        b'data: {"choices": [{"text": "a", "finish_reason": "length"}]}\n\n'
+        b'data: {"choices": [], "usage": {"prompt_tokens": 6, "completion_tokens": 1}}\n\n'
+        b"data: [DONE]\n\n"
+    )
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n"
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        said = await reader.readuntil(b"\r\n\r\n")
+        length = next(int(line.split(b":")[1]) for line in said.splitlines() if line.lower().startswith(b"content-len"))
+        await reader.readexactly(length)
+        writer.write(head % len(events) + events)
+        await writer.drain()
+        await reader.read(1)  # the next request, or the end of the connection
+        writer.close()
+
+    async def measure() -> Run:
+        run = drive.new_run(made(3, tokens=1), open_loop=False)
+        server = await asyncio.start_server(answer_once, "127.0.0.1", 0, family=socket.AF_INET)
+        port = server.sockets[0].getsockname()[1]
+        async with server, open_session() as session:
+            client = CompletionsClient(session, f"http://127.0.0.1:{port}", "m", True, 0.0, 5.0)
+            await drive.closed_loop(made(3, tokens=1), 1, client.send, run)
+        return run
+
+    report = make_report(asyncio.run(measure()))
+    assert (report.completed, report.failures) == (3, {})
+
+
 def test_short_answers_and_joined_tokens_show() -> None:
     report = make_report(load(Script(modes=["short", "joined"]), made(2), concurrency=1))
     assert (report.completed, report.short_outputs, report.output_tokens) == (2, 1, 7)

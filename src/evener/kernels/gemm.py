@@ -174,6 +174,13 @@ def _huge(size: int) -> torch.Tensor:
     return room[first : first + size]
 
 
+def huge_copy(data: torch.Tensor) -> torch.Tensor:
+    """Packed weights (int8 [bytes], as they lie in a file), copied into huge pages."""
+    room = _huge(data.nbytes)
+    room.copy_(data)
+    return room
+
+
 def _check_isa(weight: PackedWeight) -> None:
     if weight.isa != _native.isa():
         raise ValueError(

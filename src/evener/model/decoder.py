@@ -14,11 +14,15 @@ from evener.errors import InvalidInput
 from evener.kernels.layers import Batch
 from evener.model.inputs import Rows
 from evener.model.kv import KVSlabs
+from evener.model.packed_file import Kept, packed_weights
 from evener.model.rope import rope_tables
 from evener.model.source import ModelSource
-from evener.model.weights import LayerWeights, Reader, load_ends, load_layers
+from evener.model.weights import LayerWeights, Reader, ShardWeights, load_shard
+from evener.spec.memory import weight_bytes
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Shard, Stage, size
+
+_NAME = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
 
 
 class Group(Protocol):
@@ -58,11 +62,13 @@ class StageModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         max_position: int | None = None,
+        keep_packed: bool = False,
     ) -> None:
         """Load this shard's weights and nothing more. `rank` is the shard's place in the stage's group.
 
         `dtype` is that of the matrices: float32, bfloat16 or int8 (`kernels.pack_weight`); activations are fp32.
         `max_position` bounds the positions that will be run (None: all that the model has), and so the rotary tables.
+        `keep_packed`: take the weights from the cache of packed ones, or put them there (`packed_file`).
 
         Raises InvalidInput for a dtype that is not computed in, UnsupportedModel when a weight cannot be read.
         """
@@ -70,8 +76,17 @@ class StageModel:
         self.spec, self.stage, self.shard, self.rank = spec, stage, shard, rank
         self.device = torch.device(device)
         read = Reader(source, dtype, self.device)
-        self.layers = load_layers(read, spec, stage, shard, rank)
-        self.ends = load_ends(read, spec, shard, first_stage, last_stage)
+
+        def load() -> ShardWeights:
+            return load_shard(read, spec, stage, shard, rank, first_stage, last_stage)
+
+        if keep_packed:
+            part = stage.layers, shard.heads, shard.ffn, shard.embed_rows, shard.head_rows, rank == 0
+            of = source.stamp(), spec, part, first_stage, last_stage, dtype
+            kept = packed_weights(load, weight_bytes(shard, stage, spec, _NAME[dtype]), *of)
+        else:
+            kept = Kept(load(), "packed")
+        (self.layers, self.ends), self.weights_from = kept
         cos_PD, sin_PD = rope_tables(spec, max_position or spec.max_position, source.rope_divisors())
         self._cos_PD, self._sin_PD = cos_PD.to(self.device), sin_PD.to(self.device)
 

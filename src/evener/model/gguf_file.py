@@ -146,6 +146,19 @@ class _Header:
             raise ValueError("it ends inside a string")
         return str(self.data[start : self.at], "utf-8")
 
+    def _strings(self, count: int) -> list[str]:
+        """The vocabulary and the merges: nearly all of the header, so in one loop."""
+        data, at, end, length_at = self.data, self.at, len(self.data), _LENGTH.unpack_from
+        strings = []
+        for _ in range(count):
+            start = at + 8
+            at = start + length_at(data, at)[0]
+            if at > end:
+                raise ValueError("it ends inside a string")
+            strings.append(str(data[start:at], "utf-8"))
+        self.at = at
+        return strings
+
     def _value(self, kind: GGUFValueType) -> Any:
         if kind == GGUFValueType.STRING:
             return self._string()
@@ -159,5 +172,5 @@ class _Header:
             self.at += struct.calcsize(f"<{count}{_SCALAR[kind]}")
             return values
         if kind == GGUFValueType.STRING:
-            return [self._string() for _ in range(count)]  # the vocabulary and the merges: most of the header
+            return self._strings(count)
         return [self._value(kind) for _ in range(count)]

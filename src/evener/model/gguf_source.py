@@ -71,6 +71,9 @@ class GgufSource(ModelSource):
             index = interleaved_rows(*rows, self.spec.head_dim)
         return torch.from_numpy(self._file.rows(stored, index, cols or (0, self.shapes[name][0]))).to(dtype)
 
+    def files(self) -> list[Path]:
+        return [self.path]
+
     def rope_divisors(self) -> list[float] | None:
         if ROPE_DIVISORS not in self._file.tensors:
             return None

@@ -83,6 +83,9 @@ class SafetensorsSource(ModelSource):
         owned: torch.Tensor = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
         return owned
 
+    def files(self) -> list[Path]:
+        return [self.path / "config.json", *sorted(set(self._file_of.values()))]
+
     def rope_divisors(self) -> list[float] | None:
         return None
 

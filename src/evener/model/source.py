@@ -63,6 +63,15 @@ class ModelSource(ABC):
         """What `read` gives, of a tensor that is there and checked intervals; `cols` is None for vectors."""
 
     @abstractmethod
+    def files(self) -> list[Path]:
+        """The files that the weights and the config come from."""
+
+    def stamp(self) -> list[tuple[str, int, int]]:
+        """What tells this model from another, and from itself after a change: paths, sizes, times of change in ns."""
+        found = [(file.resolve(), file.stat()) for file in self.files()]
+        return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+
+    @abstractmethod
     def rope_divisors(self) -> list[float] | None:
         """Per-frequency divisors [head_dim / 2] stored with the weights (GGUF's `rope_freqs`), which then replace
         `spec.rope_scaling`; None where the spec says it all."""

@@ -131,6 +131,16 @@ def load_ends(read: Reader, spec: ModelSpec, shard: Shard, first_stage: bool, la
     )
 
 
-def load_layers(read: Reader, spec: ModelSpec, stage: Stage, shard: Shard, rank: int) -> list[LayerWeights]:
-    """The shard's part of every layer of its stage."""
-    return [load_layer(read, spec, layer, shard, rank) for layer in range(*stage.layers)]
+class ShardWeights(NamedTuple):
+    """All weights of one shard."""
+
+    layers: list[LayerWeights]
+    ends: EndWeights
+
+
+def load_shard(
+    read: Reader, spec: ModelSpec, stage: Stage, shard: Shard, rank: int, first_stage: bool, last_stage: bool
+) -> ShardWeights:
+    """The shard's part of every layer of its stage, and of what stands before the first and behind the last."""
+    ends = load_ends(read, spec, shard, first_stage, last_stage)  # first: it needs the most room beside itself
+    return ShardWeights([load_layer(read, spec, layer, shard, rank) for layer in range(*stage.layers)], ends)

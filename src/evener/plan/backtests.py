@@ -9,9 +9,9 @@ from statistics import median
 import msgspec
 from msgspec import Struct
 
+from evener.cache import cache_dir
 from evener.errors import InvalidInput
 from evener.profile.hardware import profile_key
-from evener.profile.store import cache_dir
 from evener.spec.model import ModelSpec
 
 KEEP = 200

@@ -4,22 +4,17 @@
 that says how to measure again, never a guess.
 """
 
-import os
 import tempfile
 from pathlib import Path
 
 import msgspec
 from msgspec import structs
 
+from evener.cache import cache_dir
 from evener.cost.rates import FORMAT, Profile, bind, hardware
 from evener.errors import InvalidInput
 from evener.profile.hardware import profile_key
 from evener.spec.cluster import Cluster
-
-
-def cache_dir() -> Path:
-    """`EVENER_CACHE`, or `~/.cache/evener`."""
-    return Path(os.environ.get("EVENER_CACHE") or Path.home() / ".cache" / "evener")
 
 
 def profile_path() -> Path:

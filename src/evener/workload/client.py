@@ -138,10 +138,14 @@ class Served(Struct, frozen=True):
 
 @asynccontextmanager
 async def open_session(api_key: str | None = None) -> AsyncIterator[aiohttp.ClientSession]:
-    """A session without a limit on connections: a queue inside the client would hide the server's."""
+    """A session without a limit on connections: a queue inside the client would hide the server's.
+
+    A connection carries one request, as those of many users do: some servers (llama.cpp's) close one after a stream
+    without saying so, and the next request on it would fail.
+    """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(
         headers=headers, timeout=timeout, connector=connector, read_bufsize=MAX_LINE // 2
     ) as session:

@@ -311,7 +311,7 @@ class LiveEngine:
                 self.ready[message.device] = message
                 self.chronicle.ready(message.device)
                 if progress is not None:
-                    progress(f"{message.device} ready in {message.load_s:.1f} s")
+                    progress(f"{message.device} ready in {message.load_s:.1f} s, weights {message.weights_from}")
                 if len(self.ready) == len(self._workers):
                     self._loaded.set()
             elif isinstance(message, Lost):

@@ -73,6 +73,8 @@ class Ready(Struct, frozen=True, tag=True):
     weight_bytes: int
     kv_bytes: int
     isa: str
+    weights_from: str
+    """`mapped`, `copied from the cache`, or `packed` and why they are not kept."""
 
 
 class Done(Struct, frozen=True, tag=True):

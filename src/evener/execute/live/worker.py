@@ -76,6 +76,7 @@ def load(config: WorkerConfig) -> Loaded:
     model = StageModel(
         open_model(config.model), config.spec, stage, shard, first_stage=first, last_stage=last, rank=config.rank,
         dtype=_TORCH_DTYPE[config.dtype], device="cpu", max_position=config.max_model_len,
+        keep_packed=True,
     )  # fmt: skip
     _give_back_memory()
     kv = model.allocate_kv(config.kv_blocks, _TORCH_DTYPE[config.kv_dtype])
@@ -105,7 +106,9 @@ def load(config: WorkerConfig) -> Loaded:
         model, sampler, slots, wiring, pace, first=first, last=last, rank=config.rank, hidden=config.spec.hidden
     )
     held = weight_bytes(shard, stage, config.spec, config.dtype)
-    ready = Ready(device.name, os.getpid(), time.monotonic() - begin, held, kv.nbytes, kernels.isa())
+    ready = Ready(
+        device.name, os.getpid(), time.monotonic() - begin, held, kv.nbytes, kernels.isa(), model.weights_from
+    )
     return Loaded(runner, ready, spans)
 
 

@@ -155,9 +155,12 @@ void norm(const NormArgs& a, int64_t rows) {
   over_rows(rows, a.width, [&](int64_t first, int64_t end) { use().norm(a, first, end); });
 }
 
-void rope(const RopeArgs& a, Kv kv, int64_t rows, int64_t max_position, int64_t slots) {
-  check_range("positions", a.positions, rows, 0, max_position);
-  check_range("kv_slot", a.kv_slot, rows, -1, slots);
+void check_rope(const int32_t* positions, const int32_t* kv_slot, int64_t rows, int64_t max_position, int64_t slots) {
+  check_range("positions", positions, rows, 0, max_position);
+  check_range("kv_slot", kv_slot, rows, -1, slots);
+}
+
+void rope(const RopeArgs& a, Kv kv, int64_t rows) {
   over_rows(rows, (a.n_q + 2 * a.n_kv) * a.head_dim, [&](int64_t first, int64_t end) {
     use().rope[int(kv)](a, first, end);
   });

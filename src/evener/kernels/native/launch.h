@@ -18,7 +18,9 @@ bool choose_isa(const std::string& name);
 std::string supported_isas();
 
 void norm(const NormArgs& args, int64_t rows);
-void rope(const RopeArgs& args, Kv kv, int64_t rows, int64_t max_position, int64_t slots);
+// What `rope` takes for granted: positions in [0, max_position), slots in [-1, slots).
+void check_rope(const int32_t* positions, const int32_t* kv_slot, int64_t rows, int64_t max_position, int64_t slots);
+void rope(const RopeArgs& args, Kv kv, int64_t rows);
 void silu_mul(const SiluArgs& args, int64_t rows);
 int gemm_columns();
 // Weights of bf16 are packed in pairs of inputs, [ceil(k / 2)][columns][2].

@@ -11,11 +11,24 @@ namespace {
 
 // Rows that pass through a half together: what lies between two products then stays in the second-level cache.
 constexpr int64_t BLOCK_ROWS = 64;
+// So many rows per thread are enough for each to take its own through a half, without waiting for another between two
+// products. It reads all weights then, where threads that share rows read a part of them each: with fewer rows that
+// counts for more.
+constexpr int64_t OWN_ROWS = 32;
+constexpr int64_t TILE_ROWS = 16;  // of a tile register
 
-// body(first, count) over blocks of rows, of nearly equal size.
+// body(first, count) over blocks of rows of nearly equal size, each on one thread, or all threads in one.
 template <typename F>
 void over_blocks(int64_t rows, F&& body) {
-  int64_t most = BLOCK_ROWS * threads(), blocks = (rows + most - 1) / most;
+  int64_t n = threads();
+  if (n > 1 && rows >= OWN_ROWS * n) {
+    int64_t blocks = (rows + BLOCK_ROWS * n - 1) / (BLOCK_ROWS * n) * n;
+    auto border = [&](int64_t b) { return b == blocks ? rows : rows * b / blocks / TILE_ROWS * TILE_ROWS; };
+    return parallel_for(blocks, [&](int64_t b) {
+      if (int64_t count = border(b + 1) - border(b)) body(border(b), count);
+    });
+  }
+  int64_t most = BLOCK_ROWS * n, blocks = (rows + most - 1) / most;
   for (int64_t b = 0; b < blocks; ++b) {
     int64_t first = rows * b / blocks;
     body(first, rows * (b + 1) / blocks - first);
@@ -47,11 +60,11 @@ void Layers::attention(int64_t layer, const RowsArgs& b, float* x, const float* 
   const ShardArgs& s = shard_;
   if (!s.n_q) return nothing(w.o, s.hidden, b.rows, x, delta, out);
   const int64_t hidden = s.hidden, width = s.n_q * s.head_dim, fused = (s.n_q + 2 * s.n_kv) * s.head_dim;
-  const int64_t block = std::min(b.rows, BLOCK_ROWS * threads());
-  thread_local Aligned room;
-  float* normed = room.at_least(block * (hidden + fused) + 2 * b.rows * width);
-  float *qkv = normed + block * hidden, *q = qkv + block * fused, *heads = q + b.rows * width;
+  check_rope(b.positions, b.kv_slot, b.real, s.max_position, s.blocks * BLOCK);  // a task must not throw
+  thread_local Aligned room, between;
+  float *q = room.at_least(2 * b.rows * width), *heads = q + b.rows * width;
   over_blocks(b.rows, [&](int64_t first, int64_t count) {
+    float *normed = between.at_least(count * (hidden + fused)), *qkv = normed + count * hidden;
     float* residual = x + first * hidden;
     norm({delta ? delta + first * hidden : residual, delta ? residual : nullptr, w.attn_norm, normed, 1, hidden, hidden, 0,
           hidden, 0, hidden, s.eps},
@@ -61,7 +74,7 @@ void Layers::attention(int64_t layer, const RowsArgs& b, float* x, const float* 
     if (real > 0)
       rope({qkv, s.cos, s.sin, b.positions + first, b.kv_slot + first, w.k_slab, w.v_slab, q + first * width, w.q_norm,
             w.k_norm, fused, width, s.slab_head_stride, s.n_q, s.n_kv, s.head_dim, s.eps},
-           s.kv, real, s.max_position, s.blocks * BLOCK);
+           s.kv, real);
   });
   evener::attention({q, w.k_slab, w.v_slab, heads, width, width, s.slab_head_stride, s.head_dim, s.scale}, s.kv,
                     {b.cu, b.start, b.tables, s.kv_of_head, b.sequences, b.table_width, s.n_q, s.n_kv, s.blocks, b.real});
@@ -76,11 +89,11 @@ void Layers::mlp(int64_t layer, const RowsArgs& b, float* x, const float* delta,
   const LayerArgs& w = layers_.at(layer);
   const ShardArgs& s = shard_;
   if (!s.ffn) return nothing(w.down, s.hidden, b.rows, x, delta, out);
-  const int64_t hidden = s.hidden, block = std::min(b.rows, BLOCK_ROWS * threads());
-  thread_local Aligned room;
-  float* normed = room.at_least(block * (hidden + 3 * s.ffn));
-  float *gate_up = normed + block * hidden, *act = gate_up + block * 2 * s.ffn;
+  const int64_t hidden = s.hidden;
+  thread_local Aligned between;
   over_blocks(b.rows, [&](int64_t first, int64_t count) {
+    float* normed = between.at_least(count * (hidden + 3 * s.ffn));
+    float *gate_up = normed + count * hidden, *act = gate_up + count * 2 * s.ffn;
     norm({delta + first * hidden, x + first * hidden, w.mlp_norm, normed, 1, hidden, hidden, 0, hidden, 0, hidden, s.eps},
          count);
     product(w.gate_up, normed, count, gate_up);

@@ -88,10 +88,11 @@ NB_MODULE(_native, m) {
          uintptr_t v_slab, uintptr_t q_out, uintptr_t q_norm, uintptr_t k_norm, int kv, int64_t rows, int64_t qkv_stride,
          int64_t q_out_stride, int64_t slab_head_stride, int64_t n_q, int64_t n_kv, int64_t head_dim, float eps,
          int64_t max_position, int64_t slots) {
+        check_rope(ints(positions), ints(kv_slot), rows, max_position, slots);
         rope({floats(qkv), floats(cos), floats(sin), ints(positions), ints(kv_slot), at<void>(k_slab), at<void>(v_slab),
               at<float>(q_out), floats(q_norm), floats(k_norm), qkv_stride, q_out_stride, slab_head_stride, n_q, n_kv,
               head_dim, eps},
-             Kv(kv), rows, max_position, slots);
+             Kv(kv), rows);
       },
       free);
   m.def(

@@ -39,6 +39,8 @@ bool spin(Ready ready) {
   return ready();
 }
 
+thread_local bool in_task = false;  // what a task would divide further it computes alone
+
 class Pool {
  public:
   explicit Pool(int helpers) {
@@ -92,7 +94,9 @@ class Pool {
       auto fn = fn_.load();
       auto context = context_.load();
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1)) continue;
+      in_task = true;
       fn(context, int64_t(ticket & CLOSED));
+      in_task = false;
       if (pending_.fetch_sub(1) == 1 && waiting_.load()) {
         { std::lock_guard lock(mutex_); }
         done_.notify_one();
@@ -132,15 +136,15 @@ std::unique_ptr<Pool> pool;  // null: one thread
 }  // namespace
 
 void set_threads(int n) {
-  if (n == threads()) return;
+  if (n == (pool ? pool->size() : 1)) return;
   pool.reset();
   if (n > 1) pool = std::make_unique<Pool>(n - 1);
 }
 
-int threads() { return pool ? pool->size() : 1; }
+int threads() { return pool && !in_task ? pool->size() : 1; }
 
 void parallel_for(int64_t tasks, void (*fn)(void*, int64_t), void* context) {
-  if (pool && tasks > 1 && tasks < int64_t(CLOSED) && pool->run(tasks, fn, context)) return;
+  if (pool && !in_task && tasks > 1 && tasks < int64_t(CLOSED) && pool->run(tasks, fn, context)) return;
   for (int64_t i = 0; i < tasks; ++i) fn(context, i);
 }
 

@@ -8,10 +8,10 @@ namespace evener {
 
 // n - 1 helpers beside the caller; 1 <= n <= 256. Helpers of the former size are joined.
 void set_threads(int n);
-int threads();
+int threads();  // within a task: 1
 
 // Runs fn(context, 0) .. fn(context, tasks - 1) and returns when all are done. From a second thread at the same
-// time: runs them all on that thread.
+// time, or within a task: runs them all on that thread.
 void parallel_for(int64_t tasks, void (*fn)(void*, int64_t), void* context);
 
 template <typename F>
