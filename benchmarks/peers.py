@@ -2,7 +2,8 @@
 
 Each round starts every server once, in turn, and measures it over HTTP: one request alone (128 tokens in, 128 out),
 workload W at once (see workload_w.py), W with Poisson arrivals at one rate for all, and at a share of what each
-reached itself. Ratios are to the best peer of the same round, medians over the rounds.
+reached itself. Ratios are to the best peer of the same round, medians over the rounds. Files are in the system's cache
+from the first round on, for all alike, and Evener's weights in its own, packed.
 
     benchmarks/peers.py --rounds 3 --peer 'vllm=vllm serve MODEL --port {port} --dtype bfloat16' \
         --peer 'llamacpp=llama-server -m MODEL.gguf --port {port} -np 32' --rate 1
@@ -17,14 +18,14 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from statistics import median
 from typing import Any
 
 import psutil
 
-from common import BenchmarkFailed, Target, evener, free_port, load, markdown, peer, save, stop, wait_healthy
+from common import RESULTS, BenchmarkFailed, Target, evener, free_port, load, markdown, peer, save, stop, wait_healthy
 from workload_w import W, workload
 
 ALONE = ("--requests", "3", "--concurrency", "1", "--input-tokens", "128", "--output-tokens", "128")
@@ -45,6 +46,13 @@ KEYS = (
     "start_s", "alone_tok_s", "alone_ttft_ms", "w_tok_s", "idle_pss_mb", "pss_mb", "common_ttft_p50", "common_ttft_p99",
     "common_tpot_p50", "common_tpot_p99", "own_req_s", "own_ttft_p50", "own_ttft_p99", "own_tpot_p50", "own_tpot_p99",
 )  # fmt: skip
+
+
+RATIOS: dict[str, Callable[[list[float]], float]] = {
+    "w_tok_s": max, "alone_tok_s": max, "alone_ttft_ms": min, "common_ttft_p50": min, "common_ttft_p99": min,
+    "common_tpot_p50": min, "common_tpot_p99": min, "start_s": min, "pss_mb": min,
+}  # fmt: skip
+"""What is set beside the best peer, and what the best of them is."""
 
 
 class Memory(threading.Thread):
@@ -139,7 +147,13 @@ def main() -> None:
     parser.add_argument("--script", action="append", default=[], help="NAME='command', for engines without a server")
     parser.add_argument("--rate", type=float, help="Poisson arrivals per second for all (none: not measured)")
     parser.add_argument("--share", type=float, default=0.6, help="of its own capacity: the other Poisson rate")
+    parser.add_argument("--again", action="store_true", help="print the tables of the last run; measure nothing")
     args = parser.parse_args()
+    if args.again:
+        last = json.loads((RESULTS / "peers.json").read_text())
+        last["ratio_to_best_peer"] = tables(last["rounds"], last["ours"])
+        save("peers", last)
+        return
 
     layouts = args.layout or ["evener int8=--devices 'cpu:0 cpu:1' -dp 2 --dtype int8"]
     ours = [evener(n, *shlex.split(f), model=args.model) for n, _, f in (x.partition("=") for x in layouts)]
@@ -156,24 +170,37 @@ def main() -> None:
             results[name].append(by_script(command))
             print(json.dumps(results[name][-1]), flush=True)
 
+    commands = {t.name: shlex.join(t.command) for t in servers} | scripts
+    figures: dict[str, Any] = {"ours": [t.name for t in ours], "commands": commands, "rounds": results}
+    save("peers", figures)  # whatever the tables make of them
+    save("peers", {**figures, "ratio_to_best_peer": tables(results, figures["ours"])})
+
+
+def tables(results: dict[str, list[dict[str, Any]]], ours: list[str]) -> dict[str, dict[str, float]]:
+    """Print the medians, and ours over the best peer's of the same round; gives the latter."""
+
     def typical(name: str, key: str) -> float | None:
         found = [r[key] for r in results[name] if r.get(key) is not None]
         return median(found) if found else None
 
     print(markdown(["engine", *KEYS], [[name, *(typical(name, k) for k in KEYS)] for name in results]))
-    others = [name for name in results if name not in {t.name for t in ours}]
+    others = [name for name in results if name not in ours]
     ratio: dict[str, dict[str, float]] = {}
-    if others:
-        for target in ours:
-            ratio[target.name] = {
-                key: median(
-                    r[key] / max(results[o][k][key] for o in others) for k, r in enumerate(results[target.name])
-                )
-                for key in ("w_tok_s", "alone_tok_s")
-            }
-        print(markdown(["engine", "W x best", "alone x best"], [[n, *r.values()] for n, r in ratio.items()]))
-    commands = {t.name: shlex.join(t.command) for t in servers} | scripts
-    save("peers", {"ratio_to_best_peer": ratio, "commands": commands, "rounds": results})
+    for name in ours if others else []:
+        ratio[name] = {}
+        for key, best in RATIOS.items():
+            rounds = []
+            for k, mine in enumerate(results[name]):
+                theirs = [x for o in others if (x := results[o][k].get(key)) is not None]
+                if mine.get(key) is not None and theirs:
+                    rounds.append(mine[key] / best(theirs))
+            if rounds:
+                ratio[name][key] = median(rounds)
+    if ratio:
+        keys = [key for key in RATIOS if all(key in r for r in ratio.values())]
+        rows = [[name, *(r[key] for key in keys)] for name, r in ratio.items()]
+        print(markdown(["engine", *(f"{key} x best peer" for key in keys)], rows))
+    return ratio
 
 
 if __name__ == "__main__":

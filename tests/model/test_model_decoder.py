@@ -186,13 +186,14 @@ def test_logits_do_not_depend_on_threads(checkpoint, dtype, threads):
     ids = [(7 * i + 3) % source.spec.vocab for i in range(230)]
     for cuts in ([1], [31], [32, 40], [100, 50], [230], [210, 3, 1]):
         batch = [Piece(i, 0, ids[:n]) for i, n in enumerate(cuts)]
-        alone = deployment.run(batch)
-        kernels.set_threads(threads)
-        try:
-            together = deployment.run(batch)
-        finally:
-            kernels.set_threads(1)
-        assert torch.equal(together, alone)
+        for padding in (0, 140):
+            alone = deployment.run(batch, padding)
+            kernels.set_threads(threads)
+            try:
+                together = deployment.run(batch, padding)
+            finally:
+                kernels.set_threads(1)
+            assert torch.equal(together, alone)
 
 
 def test_a_bad_position_in_a_large_batch_is_an_error_on_every_number_of_threads(checkpoint):

@@ -5,16 +5,18 @@ import subprocess
 import sys
 import threading
 
+import msgspec
 import pytest
 import torch
 from checkpoints import CHECKPOINTS
 from deployment import stages
 from gguf_files import write
+from msgspec.structs import replace
 
 from evener import kernels
 from evener.errors import InvalidInput
 from evener.kernels import PackedWeight
-from evener.model import packed_file
+from evener.model import decoder, packed_file
 from evener.model.decoder import StageModel
 from evener.model.source import open_model
 from evener.model.weights import Table
@@ -84,13 +86,12 @@ def test_every_shard_has_its_own_file(checkpoint, own_cache, monkeypatch):
             kept = load(source, stage, rank, first=first, last=last)
             assert_same(kept, load(source, stage, rank, first=first, last=last, keep=False))
     assert len(list(own_cache.glob("*.bin"))) == 4
-    before = kernels.isa()
     kernels.set_isa("generic")
     try:
         load(source, plan[0], 0, last=False)
         assert len(list(own_cache.glob("*.bin"))) == 5
     finally:
-        kernels.set_isa(before)
+        kernels.set_isa("")
 
 
 def test_a_changed_model_is_packed_anew(checkpoint, own_cache, tmp_path):
@@ -110,7 +111,23 @@ def test_a_changed_model_is_packed_anew(checkpoint, own_cache, tmp_path):
     assert len(list(own_cache.glob("*.bin"))) == 2
 
 
-@pytest.mark.parametrize("damage", ["empty", "short", "long", "magic", "header"])
+def altered(whole, change):
+    """The file with another header."""
+    start = len(packed_file.MAGIC) + 8
+    end = start + int.from_bytes(whole[len(packed_file.MAGIC) : start], "little")
+    body = msgspec.msgpack.encode(change(msgspec.msgpack.decode(whole[start:end], type=packed_file.Header)))
+    head = packed_file.MAGIC + len(body).to_bytes(8, "little") + body
+    return head + bytes(-len(head) % 64) + whole[end + -end % 64 :]
+
+
+def with_head(header, **changes):
+    piece, start, size = header.head
+    return replace(header, head=(replace(piece, **changes), start, size))
+
+
+@pytest.mark.parametrize(
+    "damage", ["empty", "short", "long", "magic", "header", "text", "offset", "dtype", "isa", "rows"]
+)
 def test_a_damaged_file_is_written_anew(checkpoint, own_cache, damage):
     source = open_model(checkpoint("smol")[0])
     (stage,) = stages(source.spec)
@@ -122,7 +139,12 @@ def test_a_damaged_file_is_written_anew(checkpoint, own_cache, damage):
         "short": whole[: len(whole) // 2],
         "long": whole + b"x",
         "magic": b"?" + whole[1:],
+        "text": whole[:20] + b"\xd9\x02\xff\xfe" + whole[24:],
         "header": whole[:20] + b"\xff" * 8 + whole[28:],
+        "offset": altered(whole, lambda h: with_head(h, offset=h.size)),
+        "dtype": altered(whole, lambda h: with_head(h, dtype="complex")),
+        "isa": altered(whole, lambda h: with_head(h, packed=(*h.head[0].packed[:3], "other", 0))),
+        "rows": altered(whole, lambda h: with_head(h, packed=(h.head[0].packed[0] + 64, *h.head[0].packed[1:]))),
     }[damage]
     file.unlink()  # another inode: the first model still maps this one
     file.write_bytes(damaged)
@@ -146,10 +168,41 @@ def test_what_was_not_used_for_longest_goes_first(checkpoint, own_cache, monkeyp
     assert "packed anew each time: the cache holds" in load(source, stage).weights_from
     monkeypatch.setenv("EVENER_WEIGHTS_GIB", "0")
     assert load(source, stage).weights_from == "packed anew each time: the cache is off"
-    for wrong in ("-1", "much", "inf", "nan"):
+    for wrong in ("-1", "much", "inf", "nan", "1e300"):
         monkeypatch.setenv("EVENER_WEIGHTS_GIB", wrong)
         with pytest.raises(InvalidInput, match=r"EVENER_WEIGHTS_GIB='.*' is no number of GiB"):
             load(source, stage)
+
+
+def test_what_was_used_a_moment_ago_stays(checkpoint, own_cache, monkeypatch):
+    """Else shards that do not fit together would drive each other out at every start."""
+    source = open_model(checkpoint("smol")[0])
+    (stage,) = stages(source.spec)
+    load(source, stage)
+    (first,) = own_cache.glob("*.bin")
+    monkeypatch.setenv("EVENER_WEIGHTS_GIB", str(1.3 * first.stat().st_size / 2**30))
+    assert "were all used a moment ago" in load(source, stage, dtype=torch.bfloat16).weights_from
+    assert first.exists()
+    os.utime(first, (1, 1))
+    assert load(source, stage, dtype=torch.bfloat16).weights_from == "mapped"
+    assert not first.exists()
+
+
+def test_a_full_disk_makes_room_first(checkpoint, own_cache, monkeypatch):
+    source = open_model(checkpoint("smol")[0])
+    (stage,) = stages(source.spec)
+    own_cache.mkdir(parents=True)
+    old = own_cache / "old.bin"
+    old.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    usage = packed_file.shutil.disk_usage
+    monkeypatch.setattr(packed_file.shutil, "disk_usage", lambda f: full if old.exists() else usage(f))
+    full = type("Usage", (), {"free": 100})()
+    assert load(source, stage).weights_from == "mapped"
+    assert not old.exists()
+    monkeypatch.setattr(packed_file.shutil, "disk_usage", lambda _: full)
+    kept = load(source, stage, dtype=torch.bfloat16)
+    assert kept.weights_from == f"packed anew each time: 100 B are free in {own_cache}"
 
 
 def test_a_disk_that_refuses_is_told_and_no_obstacle(checkpoint, own_cache, monkeypatch):
@@ -159,14 +212,91 @@ def test_a_disk_that_refuses_is_told_and_no_obstacle(checkpoint, own_cache, monk
     own_cache.parent.mkdir(parents=True, exist_ok=True)
     own_cache.write_text("a file where the folder should be")
     kept = load(source, stage)
-    assert kept.weights_from.startswith("packed anew each time: ") and "exists" in kept.weights_from
+    assert kept.weights_from.startswith("packed anew each time: ")
     assert_same(kept, packed)
     own_cache.unlink()
-    monkeypatch.setattr(packed_file.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100})())
+
+    made = []
+
+    def fails(fd, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packed_file, "_write_all", fails)
+    inner = decoder.load_shard
+    monkeypatch.setattr(decoder, "load_shard", lambda *args: made.append(args) or inner(*args))
     kept = load(source, stage)
-    assert kept.weights_from == f"packed anew each time: 100 B are free in {own_cache}"
+    assert kept.weights_from == "packed anew each time: [Errno 28] No space left on device"
+    assert len(made) == 1  # not a second copy beside the first
     assert_same(kept, packed)
+    assert {file.suffix for file in own_cache.iterdir()} == {".lock"}
+
+
+def test_a_model_that_cannot_be_read_is_not_blamed_on_the_cache(checkpoint, own_cache, monkeypatch):
+    source = open_model(checkpoint("smol")[0])
+    (stage,) = stages(source.spec)
+
+    def fails(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(decoder, "load_shard", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        load(source, stage)
+    monkeypatch.undo()
+
+
+def test_files_that_change_while_they_are_read_are_not_kept(checkpoint, own_cache, tmp_path, monkeypatch):
+    file = write(tmp_path / "m.gguf", checkpoint("smol")[1])
+    source = open_model(file)
+    (stage,) = stages(source.spec)
+    file.touch()
+    kept = load(source, stage)
+    assert kept.weights_from == "packed anew each time: the model's files have changed meanwhile"
     assert not list(own_cache.glob("*.bin"))
+
+
+def test_what_the_kernel_gives_no_huge_pages_is_copied(checkpoint, own_cache, monkeypatch):
+    source = open_model(checkpoint("smol")[0])
+    (stage,) = stages(source.spec)
+    packed = load(source, stage, dtype=torch.int8, keep=False)
+    monkeypatch.setattr(packed_file, "in_huge_pages", lambda _: False)
+    for _ in range(2):
+        kept = load(source, stage, dtype=torch.int8)
+        assert kept.weights_from == "copied from the cache"
+        assert_same(kept, packed)
+
+
+def test_a_cache_that_can_only_be_read_is_read(checkpoint, own_cache, monkeypatch):
+    source = open_model(checkpoint("smol")[0])
+    (stage,) = stages(source.spec)
+    load(source, stage)
+
+    def fails(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(packed_file, "_lock", fails)
+    assert load(source, stage).weights_from == "mapped"
+    assert "Permission denied" in load(source, stage, dtype=torch.bfloat16).weights_from
+
+
+@pytest.mark.parametrize("isa", ["generic", ""])
+def test_a_head_that_begins_within_the_embedding(checkpoint, own_cache, isa):
+    """Its rows are a view of the embedding's, and off a cache line where panels are narrow."""
+    source = open_model(checkpoint("smol")[0])
+    spec = source.spec
+    n, f, v = spec.heads, spec.ffn, spec.vocab
+    (stage,) = stages(
+        spec, heads=[(0, n), (n, n)], ffn=[(0, f), (f, f)], embed=[(0, v), (v, v)], head=[(40, v), (0, 40)]
+    )
+    kernels.set_isa(isa)
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.int8):
+            if dtype is torch.int8 and spec.quant_group % kernels.QUANT_GROUP:
+                continue
+            kept = load(source, stage, dtype=dtype)
+            assert kept.weights_from in ("mapped", "copied from the cache")
+            assert_same(kept, load(source, stage, dtype=dtype, keep=False))
+    finally:
+        kernels.set_isa("")
 
 
 def test_of_those_that_start_together_one_packs(checkpoint, own_cache, monkeypatch):
@@ -192,14 +322,14 @@ def test_of_those_that_start_together_one_packs(checkpoint, own_cache, monkeypat
         assert_same(model, models[0])
 
 
-def test_one_that_is_killed_while_it_writes_leaves_no_file_and_no_lock(checkpoint, own_cache):
+def test_one_that_is_killed_while_it_writes_is_cleared_away(checkpoint, own_cache):
     directory = checkpoint("smol")[0]
     script = f"""
 import os, signal, sys
 sys.path[:0] = {[p for p in sys.path if "tests" in p]!r}
 import torch
 from deployment import stages
-from evener.model import packed_file
+from evener.model import decoder, packed_file
 from evener.model.decoder import StageModel
 from evener.model.source import open_model
 packed_file.LEAST_BYTES = 0
@@ -214,7 +344,8 @@ StageModel(source, source.spec, stage, stage.shards[0], first_stage=True, last_s
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -9, done.stderr
-    assert not list(own_cache.glob("*.bin"))
+    assert {file.suffix for file in own_cache.iterdir()} != {".bin", ".lock"}
     source = open_model(directory)
     (stage,) = stages(source.spec)
     assert_same(load(source, stage), load(source, stage, keep=False))
+    assert {file.suffix for file in own_cache.iterdir()} == {".bin", ".lock"}  # what it left has gone

@@ -8,7 +8,7 @@ work among threads, `layer.cpp` puts a layer together.
 """
 
 from evener.kernels.attention import paged_attention
-from evener.kernels.gemm import MAX_QUANT_GROUP, QUANT_GROUP, PackedWeight, huge_copy, linear, pack_weight
+from evener.kernels.gemm import MAX_QUANT_GROUP, QUANT_GROUP, PackedWeight, check_packed, huge_copy, linear, pack_weight
 from evener.kernels.layers import Layers, LayerShape, native_layers
 from evener.kernels.rows import add_rms_norm, rms_norm, rope_write_kv, silu_mul
 from evener.kernels.runtime import advise_huge_pages, isa, set_isa, set_threads, threads
@@ -30,6 +30,7 @@ __all__ = [
     "add_rms_norm",
     "advise_huge_pages",
     "argmax_rows",
+    "check_packed",
     "choose_rows",
     "gumbel_argmax",
     "gumbel_noise",

@@ -174,6 +174,25 @@ def _huge(size: int) -> torch.Tensor:
     return room[first : first + size]
 
 
+def check_packed(weight: PackedWeight) -> None:
+    """Raise ValueError unless `data` is as large as the kernels will take it to be."""
+    n, k, columns, data = weight.n, weight.k, weight.columns, weight.data
+    if columns == 0:
+        wanted: tuple[int, ...] = (n, k)
+    elif columns != _native.gemm_columns() or weight.isa != _native.isa():
+        raise ValueError(f"packed for {weight.isa}, {columns} columns a panel")
+    elif data.dtype is torch.int8:
+        if weight.group % QUANT_GROUP or not 0 < weight.group <= MAX_QUANT_GROUP:
+            raise ValueError(f"group {weight.group}")
+        wanted = (-(-n // columns), -(-k // weight.group), _native.cell_bytes(weight.group))
+    elif data.dtype is torch.bfloat16 and _native.bf16_pairs():
+        wanted = (-(-n // columns), -(-k // 2), columns, 2)
+    else:
+        wanted = (-(-n // columns), k, columns)
+    if tuple(data.shape) != wanted:
+        raise ValueError(f"shape {tuple(data.shape)} for [{n}, {k}] packed, {wanted} is needed")
+
+
 def huge_copy(data: torch.Tensor) -> torch.Tensor:
     """Packed weights (int8 [bytes], as they lie in a file), copied into huge pages."""
     room = _huge(data.nbytes)

@@ -80,10 +80,10 @@ class StageModel:
         def load() -> ShardWeights:
             return load_shard(read, spec, stage, shard, rank, first_stage, last_stage)
 
-        if keep_packed:
+        if keep_packed and self.device.type == "cpu":
             part = stage.layers, shard.heads, shard.ffn, shard.embed_rows, shard.head_rows, rank == 0
-            of = source.stamp(), spec, part, first_stage, last_stage, dtype
-            kept = packed_weights(load, weight_bytes(shard, stage, spec, _NAME[dtype]), *of)
+            of = source.opened, spec, part, first_stage, last_stage, dtype
+            kept = packed_weights(load, weight_bytes(shard, stage, spec, _NAME[dtype]), source.unchanged, *of)
         else:
             kept = Kept(load(), "packed")
         (self.layers, self.ends), self.weights_from = kept

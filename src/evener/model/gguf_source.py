@@ -48,6 +48,7 @@ class GgufSource(ModelSource):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = QUANT_SUFFIX.sub("", path.stem)
+        self.opened = self.stamp()  # before it is: a file that takes its place meanwhile is another one
         self._file = GgufFile(path)
         meta, where = self._file.metadata, str(path)
         arch = str(meta.get("general.architecture"))

@@ -4,26 +4,32 @@ Replicas that hold the same shard map the same file, so that it is in memory onc
 the mapping (files on ext4 or xfs since Linux 6.16 and 6.1): weights in small ones are read up to a quarter slower
 (`evener.kernels.gemm`), and are copied instead.
 
-A file's name is the hash of all that its contents follow from: the model's files (path, size, time), the shard, the
-dtype, the instruction set, and the code that packs. It is written under another name first, so that a file is whole or
-not there; what was not used for longest goes when `EVENER_WEIGHTS_GIB` (20; 0 keeps nothing) is exceeded.
+A file's name is the hash of all that its contents follow from: the model's files (path, inode, size, times), the shard,
+the dtype, the instruction set, and the code that reads and packs. It is written under another name first, so that a
+file is whole or not there; what was not used for longest goes when `EVENER_WEIGHTS_GIB` (20; 0 keeps nothing) is
+exceeded.
 
 Layout: `MAGIC`, the header's length (8 bytes, little endian), the header (msgpack of `Header`), then the tensors, each
 on a cache line.
 """
 
 import ctypes
+import errno
 import fcntl
 import hashlib
+import math
 import mmap
 import os
+import platform
 import shutil
+import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import msgspec
 import torch
@@ -40,6 +46,8 @@ MAGIC = b"EVENERW1"
 LEAST_BYTES = 8 << 20
 """Smaller shards are packed faster than a file is opened."""
 DEFAULT_GIB = 20.0
+RECENT_S = 600.0
+"""What was used so recently is not deleted for something else."""
 _LINE, _CHUNK = 64, 32 << 20
 _POPULATE_READ = 22
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -78,46 +86,61 @@ class Kept(NamedTuple):
 
 def limit_bytes() -> int:
     """What all files together may take. Raises InvalidInput."""
-    said = os.environ.get("EVENER_WEIGHTS_GIB", str(DEFAULT_GIB))
+    said = os.environ.get("EVENER_WEIGHTS_GIB") or str(DEFAULT_GIB)
     try:
         gib = float(said)
+        if not 0 <= gib <= 1e6:
+            raise ValueError
+        return int(gib * 2**30)
     except ValueError:
-        gib = -1.0
-    if not 0 <= gib < float("inf"):
-        raise InvalidInput(f"EVENER_WEIGHTS_GIB={said!r} is no number of GiB from 0 (keep no packed weights) on")
-    return int(gib * 2**30)
+        raise InvalidInput(
+            f"EVENER_WEIGHTS_GIB={said!r} is no number of GiB from 0 (keep no packed weights) to 1000000"
+        ) from None
 
 
-def packed_weights(make: Callable[[], ShardWeights], size: int, *of: object) -> Kept:
+def packed_weights(make: Callable[[], ShardWeights], size: int, unchanged: Callable[[], bool], *of: object) -> Kept:
     """The weights that `make` packs, from the cache where they are there, and kept there otherwise.
 
-    `size`: roughly their bytes; `of`: all that they follow from but the code and the instruction set, printable.
-    Whatever the disk refuses, the weights are there. Raises what `make` raises, and InvalidInput for a limit that is
-    none.
+    `size`: roughly their bytes; `unchanged`: whether what `make` read is still what it was; `of`: all that they follow
+    from but the code and the instruction set, printable. Whatever the disk refuses, the weights are there. Raises what
+    `make` raises, and InvalidInput for a limit that is none.
     """
     limit = limit_bytes()
-    if size < LEAST_BYTES or size > limit:
-        why = "the cache is off" if not limit else f"the cache holds {human_bytes(limit)}"
-        return Kept(make(), "packed" if size < LEAST_BYTES else f"packed anew each time: {why}")
-    folder = cache_dir() / "weights"
-    path = folder / f"{key(*of)}.bin"
+    if size < LEAST_BYTES:
+        return Kept(make(), "packed")
+    if size > limit:
+        why = f"the cache holds {human_bytes(limit)}" if limit else "the cache is off"
+        return Kept(make(), f"packed anew each time: {why}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
-            if (found := _open(path)) is not None:
-                return found
-            free = shutil.disk_usage(folder).free
-            weights = make()
-            if free < 2 * size:
-                return Kept(weights, f"packed anew each time: {human_bytes(free)} are free in {folder}")
-            _make_room(folder, limit - size)
-            _write(path, weights)
-            del weights  # before it is there a second time
-            if (found := _open(path)) is not None:
-                return found
-            return Kept(make(), f"packed anew each time: {path} cannot be read back")
+        path = cache_dir() / "weights" / f"{key(*of)}.bin"
+        if (found := _open(path)) is not None:
+            return found
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        return Kept(make(), f"packed anew each time: {error}")
+    with lock:
+        if (found := _open(path)) is not None:
+            return found  # another process has packed them meanwhile
+        weights = make()
+        why = _keep(path, weights, size, limit) if unchanged() else "the model's files have changed meanwhile"
+        if why:
+            return Kept(weights, f"packed anew each time: {why}")
+        del weights  # before it is there a second time
+        return _open(path) or Kept(make(), f"packed anew each time: {path} cannot be read back")
+
+
+def _keep(path: Path, weights: ShardWeights, size: int, limit: int) -> str:
+    """Write the file, if there is room. Gives the reason why it is not there otherwise."""
+    try:
+        if not _make_room(path.parent, limit, size):
+            return f"the cache's {human_bytes(limit)} were all used a moment ago"
+        if (free := shutil.disk_usage(path.parent).free) < 2 * size:
+            return f"{human_bytes(free)} are free in {path.parent}"
+        _write(path, weights)
+        return ""
     except OSError as error:
-        return Kept(make(), f"packed anew each time: {path}: {error.strerror or error}")
+        return str(error)
 
 
 def key(*of: object) -> str:
@@ -128,38 +151,47 @@ def key(*of: object) -> str:
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    """A hash of the code whose change may change what is packed."""
-    here = Path(__file__).parent
-    files = [Path(_native.__file__), here.parent / "kernels" / "gemm.py", here.parent / "spec" / "model.py"]
-    total = hashlib.sha256()
-    for file in (*files, *sorted(here.glob("*.py"))):
-        total.update(file.read_bytes())
+    """A hash of all code whose change may change what is packed."""
+    package = Path(__file__).parent.parent
+    total = hashlib.sha256(repr([version(name) for name in ("gguf", "safetensors", "torch")]).encode())
+    for folder in ("model", "spec", "kernels"):
+        for file in sorted((package / folder).rglob("*.py")):
+            total.update(file.read_bytes())
+    total.update(Path(_native.__file__).read_bytes())
     return total.hexdigest()
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time per file: of replicas that start together one packs, the others wait and map."""
-    with path.with_suffix(".lock").open("ab") as lock:
+def _lock(path: Path) -> IO[bytes]:
+    """Held until it is closed, by one process at a time: of replicas that start together one packs, the others map."""
+    lock = path.with_suffix(".lock").open("ab")
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    except OSError:
+        lock.close()
+        raise
+    return lock
 
 
-def _make_room(folder: Path, room: int) -> None:
-    """Delete the files that were not used for longest until the rest fits in `room`."""
+def _make_room(folder: Path, limit: int, size: int) -> bool:
+    """Delete what was not used for longest, unfinished files as well, until `size` more is within the limit and the
+    disk has room for it twice. False if what is left was used in the last minutes: others would do the same to us."""
     kept = []
-    for file in folder.glob("*.bin"):
+    for file in folder.iterdir():
         with suppress(OSError):
             stat = file.stat()
-            kept.append((stat.st_mtime, stat.st_size, file))
-    total = sum(size for _, size, _ in kept)
-    for _, size, file in sorted(kept):
-        if total <= room:
-            return
-        total -= size
+            if file.suffix != ".lock":
+                kept.append((stat.st_mtime, stat.st_size, file))
+    total = size + sum(n for _, n, _ in kept)
+    for used, n, file in sorted(kept):
+        if total <= limit and shutil.disk_usage(folder).free >= 2 * size:
+            break
+        if used > time.time() - RECENT_S:
+            break
+        total -= n
         for gone in (file, file.with_suffix(".lock")):
             with suppress(OSError):
                 gone.unlink()
+    return total <= limit
 
 
 class _Writer:
@@ -207,7 +239,9 @@ def _write(path: Path, weights: ShardWeights) -> None:
     norm = writer.any(ends.final_norm_H)
     layers = tuple(tuple(writer.any(part) for part in layer) for layer in weights.layers)
     body = msgspec.msgpack.encode(Header(writer.size, layers, embed, norm, head))
-    unfinished = path.with_suffix(f".{os.getpid()}")
+    for left in path.parent.glob(f"{path.stem}.unfinished-*"):  # by one that was killed: the lock is ours
+        left.unlink(missing_ok=True)
+    unfinished = path.with_suffix(f".unfinished-{platform.node()}-{os.getpid()}")
     try:
         # Large writes make large folios, which huge pages need; unbuffered, since a buffer would cut them.
         with unfinished.open("wb", buffering=0) as file:
@@ -220,6 +254,7 @@ def _write(path: Path, weights: ShardWeights) -> None:
                     _write_all(file.fileno(), memoryview(chunk)[:_CHUNK])
                     del chunk[:_CHUNK]
             _write_all(file.fileno(), memoryview(chunk))
+            os.fsync(file.fileno())  # or a crash could leave a file of the right size and the wrong contents
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -246,7 +281,7 @@ def _open(path: Path) -> Kept | None:
     first = end + -end % _LINE
     try:
         header = msgspec.msgpack.decode(mapped[start:end], type=Header)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, ValueError):
         return None
     if len(mapped) != first + header.size:
         return None
@@ -254,14 +289,21 @@ def _open(path: Path) -> Kept | None:
         os.utime(path)  # used now: `_make_room` goes by it
     with suppress(OSError, ValueError):
         mapped.madvise(mmap.MADV_HUGEPAGE)
+    try:
         mapped.madvise(_POPULATE_READ)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which is what kernels before 5.14 say; else pages cannot be read
+            return None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")  # nobody writes weights
         data = torch.frombuffer(mapped, dtype=torch.int8)
     where = "mapped"
     if not in_huge_pages(data):
         data, where = kernels.huge_copy(data), "copied from the cache"
-    return Kept(_unpack(header, data[first:]), where)
+    try:
+        return Kept(_unpack(header, data[first:]), where)
+    except (KeyError, RuntimeError, TypeError, ValueError):  # what the header says is not in the file
+        return None
 
 
 def in_huge_pages(data: torch.Tensor) -> bool:
@@ -281,24 +323,28 @@ def in_huge_pages(data: torch.Tensor) -> bool:
 def _unpack(header: Header, data: torch.Tensor) -> ShardWeights:
     def tensor(piece: Piece) -> torch.Tensor:
         dtype = _DTYPES[piece.dtype]
-        size = dtype.itemsize
-        for n in piece.shape:
-            size *= n
-        return data[piece.offset : piece.offset + size].view(dtype).view(piece.shape)
+        size = dtype.itemsize * math.prod(piece.shape)
+        if piece.offset < 0 or piece.offset % dtype.itemsize or min(piece.shape, default=0) < 0:
+            raise ValueError(f"{piece} is nowhere")
+        return data[piece.offset : piece.offset + size].view(dtype).view(piece.shape)  # RuntimeError beyond the end
 
     def value(piece: Piece | None) -> torch.Tensor | PackedWeight | None:
         if piece is None or piece.packed is None:
             return None if piece is None else tensor(piece)
-        return PackedWeight(tensor(piece), *piece.packed)
+        weight = PackedWeight(tensor(piece), *piece.packed)
+        kernels.check_packed(weight)
+        return weight
 
     def table(entry: tuple[Piece, int, int] | None) -> Table | None:
         if entry is None:
             return None
         weight = value(entry[0])
-        assert isinstance(weight, PackedWeight)
+        if not isinstance(weight, PackedWeight):
+            raise ValueError(f"{entry} is no table")
         return Table(weight, entry[1], entry[2])
 
     layers = [LayerWeights(*(value(piece) for piece in layer)) for layer in header.layers]  # type: ignore[arg-type]
     norm = value(header.final_norm)
-    assert norm is None or isinstance(norm, torch.Tensor)
+    if isinstance(norm, PackedWeight):
+        raise ValueError("a norm is no matrix")
     return ShardWeights(layers, EndWeights(table(header.embed), norm, table(header.head)))

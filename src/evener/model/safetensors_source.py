@@ -35,6 +35,7 @@ class SafetensorsSource(ModelSource):
         for file in self._weight_files():
             self._read_header(file)
         check_tensors(str(directory), self.spec, self.shapes)
+        self.opened = self.stamp()  # weights are read later
 
     def _weight_files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"

@@ -37,6 +37,8 @@ class ModelSource(ABC):
     spec: ModelSpec
     shapes: dict[str, base.Shape]
     """Of the stored tensors, under their Hugging Face names."""
+    opened: list[tuple[str | int, ...]]
+    """`stamp` when it was opened."""
 
     def read(
         self,
@@ -66,10 +68,18 @@ class ModelSource(ABC):
     def files(self) -> list[Path]:
         """The files that the weights and the config come from."""
 
-    def stamp(self) -> list[tuple[str, int, int]]:
-        """What tells this model from another, and from itself after a change: paths, sizes, times of change in ns."""
+    def stamp(self) -> list[tuple[str | int, ...]]:
+        """What tells these files from others, and from themselves after a change: path, device, inode, size, times.
+        Raises OSError when one has gone."""
         found = [(file.resolve(), file.stat()) for file in self.files()]
-        return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+        return [(str(path), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in found]
+
+    def unchanged(self) -> bool:
+        """Whether the files are still those that were opened."""
+        try:
+            return self.stamp() == self.opened
+        except OSError:
+            return False
 
     @abstractmethod
     def rope_divisors(self) -> list[float] | None:

@@ -17,6 +17,8 @@ constexpr int64_t BLOCK_ROWS = 64;
 constexpr int64_t OWN_ROWS = 32;
 constexpr int64_t TILE_ROWS = 16;  // of a tile register
 
+thread_local Aligned between;  // what lies between two products, of whoever computes the block
+
 // body(first, count) over blocks of rows of nearly equal size, each on one thread, or all threads in one.
 template <typename F>
 void over_blocks(int64_t rows, F&& body) {
@@ -61,7 +63,7 @@ void Layers::attention(int64_t layer, const RowsArgs& b, float* x, const float* 
   if (!s.n_q) return nothing(w.o, s.hidden, b.rows, x, delta, out);
   const int64_t hidden = s.hidden, width = s.n_q * s.head_dim, fused = (s.n_q + 2 * s.n_kv) * s.head_dim;
   check_rope(b.positions, b.kv_slot, b.real, s.max_position, s.blocks * BLOCK);  // a task must not throw
-  thread_local Aligned room, between;
+  thread_local Aligned room;
   float *q = room.at_least(2 * b.rows * width), *heads = q + b.rows * width;
   over_blocks(b.rows, [&](int64_t first, int64_t count) {
     float *normed = between.at_least(count * (hidden + fused)), *qkv = normed + count * hidden;
@@ -90,7 +92,6 @@ void Layers::mlp(int64_t layer, const RowsArgs& b, float* x, const float* delta,
   const ShardArgs& s = shard_;
   if (!s.ffn) return nothing(w.down, s.hidden, b.rows, x, delta, out);
   const int64_t hidden = s.hidden;
-  thread_local Aligned between;
   over_blocks(b.rows, [&](int64_t first, int64_t count) {
     float* normed = between.at_least(count * (hidden + 3 * s.ffn));
     float *gate_up = normed + count * hidden, *act = gate_up + count * 2 * s.ffn;

@@ -3,9 +3,11 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -82,6 +84,8 @@ class Pool {
       done_.wait(lock, finished);
       waiting_ = false;
     }
+    std::lock_guard lock(mutex_);
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
     return true;
   }
 
@@ -95,7 +99,12 @@ class Pool {
       auto context = context_.load();
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1)) continue;
       in_task = true;
-      fn(context, int64_t(ticket & CLOSED));
+      try {
+        fn(context, int64_t(ticket & CLOSED));
+      } catch (...) {
+        std::lock_guard lock(mutex_);
+        if (!error_) error_ = std::current_exception();
+      }
       in_task = false;
       if (pending_.fetch_sub(1) == 1 && waiting_.load()) {
         { std::lock_guard lock(mutex_); }
@@ -126,6 +135,7 @@ class Pool {
   std::atomic<int64_t> tasks_{0}, pending_{0};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false}, waiting_{false};
+  std::exception_ptr error_;  // the first of this job, under mutex_
   std::mutex busy_, mutex_;
   std::condition_variable wake_, done_;
   std::vector<std::thread> threads_;
