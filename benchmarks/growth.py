@@ -2,9 +2,10 @@
 
     benchmarks/growth.py [--dtype int8] [--layout dp2] [--rows 1,4,16,64,256] [--contexts 128,1024,4096,8000]
 
-Each case decodes `--steps` tokens for every row at about that context, beside prompts computed before; rows times
-context are capped by `--most-tokens`. `cost` is device-milliseconds per token; `x model` is a step's time over what the
-cost model, made of measured rates, says it takes.
+Each case decodes at least `--steps` tokens for every row at about that context, and three times as many as the prompts
+have chunks, so that most steps are after the last prompt; rows times context are capped by `--most-tokens`. `cost` is
+device-milliseconds per token; `x model` is a step's time over what the cost model, made of measured rates, says it
+takes.
 """
 
 import argparse
@@ -30,11 +31,13 @@ def main() -> None:
         for rows in (int(x) for x in args.rows.split(",")):
             if rows * context > args.most_tokens:
                 continue
-            report = run(prepared, equal(rows, context, args.steps)).report
+            chunks = -(-rows // replicas) * context // prepared.max_num_batched_tokens
+            steps = max(args.steps, 3 * chunks)
+            report = run(prepared, equal(rows, context, steps)).report
             # Once all prompts are in, the gaps are those of decode steps alone: the quickest rows know no other.
             step_ms = report.itl_ms.p50
             each = -(-rows // replicas)
-            shape = BatchShape(decode_rows=each, decode_context=each * (context + args.steps // 2), sampled_rows=each)
+            shape = BatchShape(decode_rows=each, decode_context=each * (context + steps // 2), sampled_rows=each)
             said_ms = float(prepared.costs.batch_ns(0, shape)) / 1e6
             busy = min(replicas, rows) * devices / replicas
             table.append([context, rows, 1e3 * rows / step_ms, step_ms, busy * step_ms / rows, step_ms / said_ms])
