@@ -12,6 +12,7 @@ import psutil
 from msgspec import Struct, structs
 
 from evener.brain import BrainConfig
+from evener.cache import weights_limit
 from evener.cost.dtype import fastest_dtype
 from evener.cost.rates import Profile, bind, default_profile
 from evener.cost.roofline import RooflineCostModel
@@ -107,6 +108,7 @@ def prepare(options: EngineOptions, source: ModelSource | None = None) -> Prepar
             raise InvalidInput(f"{name} {value!r} is not supported; use one of {', '.join(known)}")
     make_policy(options.policy)
     make_router(options.router)
+    weights_limit()  # else a worker would say so, seconds later
     for name in ("max_num_seqs", "static_batch"):
         if getattr(options, name) < 1:
             raise InvalidInput(f"{name}={getattr(options, name)} must be at least 1")

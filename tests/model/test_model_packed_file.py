@@ -66,9 +66,9 @@ def test_what_is_kept_is_what_is_packed(checkpoint, own_cache, name, dtype):
     (stage,) = stages(source.spec)
     packed = load(source, stage, dtype=dtype, keep=False)
     assert packed.weights_from == "packed" and not own_cache.exists()
-    for _ in range(2):
+    for where in (f"packed, kept in {own_cache} and mapped", "mapped"):
         kept = load(source, stage, dtype=dtype)
-        assert kept.weights_from in ("mapped", "copied from the cache")
+        assert kept.weights_from == where
         assert_same(kept, packed)
     assert len(list(own_cache.glob("*.bin"))) == 1
     tokens_T = torch.arange(5) % source.spec.vocab
@@ -184,7 +184,7 @@ def test_what_was_used_a_moment_ago_stays(checkpoint, own_cache, monkeypatch):
     assert "were all used a moment ago" in load(source, stage, dtype=torch.bfloat16).weights_from
     assert first.exists()
     os.utime(first, (1, 1))
-    assert load(source, stage, dtype=torch.bfloat16).weights_from == "mapped"
+    assert load(source, stage, dtype=torch.bfloat16).weights_from == f"packed, kept in {own_cache} and mapped"
     assert not first.exists()
 
 
@@ -198,7 +198,7 @@ def test_a_full_disk_makes_room_first(checkpoint, own_cache, monkeypatch):
     usage = packed_file.shutil.disk_usage
     monkeypatch.setattr(packed_file.shutil, "disk_usage", lambda f: full if old.exists() else usage(f))
     full = type("Usage", (), {"free": 100})()
-    assert load(source, stage).weights_from == "mapped"
+    assert load(source, stage).weights_from == f"packed, kept in {own_cache} and mapped"
     assert not old.exists()
     monkeypatch.setattr(packed_file.shutil, "disk_usage", lambda _: full)
     kept = load(source, stage, dtype=torch.bfloat16)
@@ -212,7 +212,7 @@ def test_a_disk_that_refuses_is_told_and_no_obstacle(checkpoint, own_cache, monk
     own_cache.parent.mkdir(parents=True, exist_ok=True)
     own_cache.write_text("a file where the folder should be")
     kept = load(source, stage)
-    assert kept.weights_from.startswith("packed anew each time: ")
+    assert kept.weights_from.startswith(f"packed anew each time: EVENER_CACHE={own_cache.parent} cannot be used (")
     assert_same(kept, packed)
     own_cache.unlink()
 
@@ -259,9 +259,9 @@ def test_what_the_kernel_gives_no_huge_pages_is_copied(checkpoint, own_cache, mo
     (stage,) = stages(source.spec)
     packed = load(source, stage, dtype=torch.int8, keep=False)
     monkeypatch.setattr(packed_file, "in_huge_pages", lambda _: False)
-    for _ in range(2):
+    for where in (f"packed, kept in {own_cache} and copied from the cache", "copied from the cache"):
         kept = load(source, stage, dtype=torch.int8)
-        assert kept.weights_from == "copied from the cache"
+        assert kept.weights_from == where
         assert_same(kept, packed)
 
 
@@ -293,7 +293,7 @@ def test_a_head_that_begins_within_the_embedding(checkpoint, own_cache, isa):
             if dtype is torch.int8 and spec.quant_group % kernels.QUANT_GROUP:
                 continue
             kept = load(source, stage, dtype=dtype)
-            assert kept.weights_from in ("mapped", "copied from the cache")
+            assert kept.weights_from == f"packed, kept in {own_cache} and mapped"
             assert_same(kept, load(source, stage, dtype=dtype, keep=False))
     finally:
         kernels.set_isa("")

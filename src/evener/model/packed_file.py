@@ -36,8 +36,7 @@ import torch
 from msgspec import Struct
 
 from evener import kernels
-from evener.cache import cache_dir
-from evener.errors import InvalidInput
+from evener.cache import cache_dir, cache_name, weights_limit
 from evener.kernels import PackedWeight, _native
 from evener.model.weights import EndWeights, LayerWeights, ShardWeights, Table
 from evener.units import human_bytes
@@ -45,7 +44,6 @@ from evener.units import human_bytes
 MAGIC = b"EVENERW1"
 LEAST_BYTES = 8 << 20
 """Smaller shards are packed faster than a file is opened."""
-DEFAULT_GIB = 20.0
 RECENT_S = 600.0
 """What was used so recently is not deleted for something else."""
 _LINE, _CHUNK = 64, 32 << 20
@@ -81,21 +79,7 @@ class Kept(NamedTuple):
 
     weights: ShardWeights
     where: str
-    """`mapped`, `copied from the cache`, or `packed` with the reason why they are not kept."""
-
-
-def limit_bytes() -> int:
-    """What all files together may take. Raises InvalidInput."""
-    said = os.environ.get("EVENER_WEIGHTS_GIB") or str(DEFAULT_GIB)
-    try:
-        gib = float(said)
-        if not 0 <= gib <= 1e6:
-            raise ValueError
-        return int(gib * 2**30)
-    except ValueError:
-        raise InvalidInput(
-            f"EVENER_WEIGHTS_GIB={said!r} is no number of GiB from 0 (keep no packed weights) to 1000000"
-        ) from None
+    """`mapped`, `copied from the cache`, `packed` and kept, or `packed` with the reason why they are not."""
 
 
 def packed_weights(make: Callable[[], ShardWeights], size: int, unchanged: Callable[[], bool], *of: object) -> Kept:
@@ -105,7 +89,7 @@ def packed_weights(make: Callable[[], ShardWeights], size: int, unchanged: Calla
     from but the code and the instruction set, printable. Whatever the disk refuses, the weights are there. Raises what
     `make` raises, and InvalidInput for a limit that is none.
     """
-    limit = limit_bytes()
+    limit = weights_limit()
     if size < LEAST_BYTES:
         return Kept(make(), "packed")
     if size > limit:
@@ -118,7 +102,7 @@ def packed_weights(make: Callable[[], ShardWeights], size: int, unchanged: Calla
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        return Kept(make(), f"packed anew each time: {error}")
+        return Kept(make(), f"packed anew each time: {cache_name()} cannot be used ({error})")
     with lock:
         if (found := _open(path)) is not None:
             return found  # another process has packed them meanwhile
@@ -127,7 +111,9 @@ def packed_weights(make: Callable[[], ShardWeights], size: int, unchanged: Calla
         if why:
             return Kept(weights, f"packed anew each time: {why}")
         del weights  # before it is there a second time
-        return _open(path) or Kept(make(), f"packed anew each time: {path} cannot be read back")
+        if (found := _open(path)) is None:
+            return Kept(make(), f"packed anew each time: {path} cannot be read back")
+        return Kept(found.weights, f"packed, kept in {path.parent} and {found.where}")
 
 
 def _keep(path: Path, weights: ShardWeights, size: int, limit: int) -> str:

@@ -74,7 +74,7 @@ class Ready(Struct, frozen=True, tag=True):
     kv_bytes: int
     isa: str
     weights_from: str
-    """`mapped`, `copied from the cache`, or `packed` and why they are not kept."""
+    """In words, as `evener.model.packed_file.Kept.where`."""
 
 
 class Done(Struct, frozen=True, tag=True):
