@@ -1,6 +1,8 @@
 """A real server on a loopback port: clients that leave, a clean stop, a port in use."""
 
 import asyncio
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -107,6 +109,20 @@ async def test_a_stop_ends_what_does_not_finish_in_time() -> None:
         with pytest.raises(APIStatusError, match="the server is stopping") as caught:
             await task
         assert caught.value.status_code == 503
+
+
+async def test_a_second_signal_cancels_and_leaves_no_task_behind() -> None:
+    before = asyncio.all_tasks()
+    engine = FakeEngine(delay_s=60)
+    async with serving(engine, grace_s=60) as (port, _), api(port) as client:
+        task = asyncio.create_task(client.completions.create(model=MODEL, prompt="hi"))
+        await until(lambda: bool(engine.live))
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises((APIConnectionError, APIStatusError)):
+            await asyncio.wait_for(task, 10)
+    await until(lambda: not engine.live and asyncio.all_tasks() == before)
 
 
 async def test_a_stop_breaks_off_a_stream_that_does_not_finish_in_time() -> None:

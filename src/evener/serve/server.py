@@ -64,6 +64,13 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         yield
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn would leave it all to the end of the loop: the requests, and a traceback
+            for task in self.server_state.tasks:
+                task.cancel()
+            await self.lifespan.shutdown()
+
 
 async def _watch(server: _Server, port: int, ready: Callable[[int], None] | None, stop: asyncio.Event | None) -> None:
     while not server.started:
