@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from evener import kernels
 from evener.errors import InvalidInput
-from evener.model.decoder import StageModel
+from evener.model.decoder import TORCH_DTYPE, StageModel
 from evener.model.inputs import Rows
 from evener.model.source import ModelSource, open_model
 from evener.spec.memory import BLOCK_TOKENS
@@ -23,7 +23,6 @@ from evener.spec.plan import Shard, Stage
 
 PERPLEXITY_LIMIT = 1.01
 """Perplexity over that of fp32 that a dtype may reach."""
-TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 class Quality(Struct, frozen=True):

@@ -82,9 +82,8 @@ def check_that_more_never_harms(seed: int) -> None:
     if now is not None and device.slowdown > 1:
         faster = best(with_slowdown(problem, index, 1 + (device.slowdown - 1) / 2))
         # Whole heads and layers move in steps: a part that suited the old speed exactly may not suit the new one, the
-        # more so where memory allows only some splits. (Seed 145: of 8 heads on three devices the faster one is given
-        # two, where none and more columns would be 1.2% better; no single move leads there.)
-        slack = 0.98 if device.memory is None else 0.9
+        # more so where memory allows only some splits.
+        slack = 0.99 if device.memory is None else 0.9
         assert faster is not None and faster.load.requests_s >= now.load.requests_s * slack
 
 

@@ -22,7 +22,8 @@ from evener.spec.memory import weight_bytes
 from evener.spec.model import ModelSpec
 from evener.spec.plan import Shard, Stage, size
 
-_NAME = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+_NAME = {kind: name for name, kind in TORCH_DTYPE.items()}
 
 
 class Group(Protocol):

@@ -31,12 +31,10 @@ from evener.execute.live.transport.shm import SPIN
 from evener.execute.live.wire import Done, Lost, Ready, Stop, WorkerConfig, encode
 from evener.execute.live.wiring import connect
 from evener.ledger.spans import Op
-from evener.model.decoder import StageModel
+from evener.model.decoder import TORCH_DTYPE, StageModel
 from evener.model.source import open_model
 from evener.spec.memory import weight_bytes
 from evener.units import Nanoseconds, Seconds
-
-_TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def _die_with_parent() -> None:
@@ -75,11 +73,11 @@ def load(config: WorkerConfig) -> Loaded:
     first, last = config.stage == 0, config.stage == len(replica.stages) - 1
     model = StageModel(
         open_model(config.model), config.spec, stage, shard, first_stage=first, last_stage=last, rank=config.rank,
-        dtype=_TORCH_DTYPE[config.dtype], device="cpu", max_position=config.max_model_len,
+        dtype=TORCH_DTYPE[config.dtype], device="cpu", max_position=config.max_model_len,
         keep_packed=True,
     )  # fmt: skip
     _give_back_memory()
-    kv = model.allocate_kv(config.kv_blocks, _TORCH_DTYPE[config.kv_dtype])
+    kv = model.allocate_kv(config.kv_blocks, TORCH_DTYPE[config.kv_dtype])
     pace = Pace(device.slowdown, threads, sleeps=config.shares_core)
     spans: SpanMaker | None = None
     if config.ledger:

@@ -62,7 +62,7 @@ void Layers::attention(int64_t layer, const RowsArgs& b, float* x, const float* 
   const ShardArgs& s = shard_;
   if (!s.n_q) return nothing(w.o, s.hidden, b.rows, x, delta, out);
   const int64_t hidden = s.hidden, width = s.n_q * s.head_dim, fused = (s.n_q + 2 * s.n_kv) * s.head_dim;
-  check_rope(b.positions, b.kv_slot, b.real, s.max_position, s.blocks * BLOCK);  // a task must not throw
+  check_rope(b.positions, b.kv_slot, b.real, s.max_position, s.blocks * BLOCK);  // before anything is written
   thread_local Aligned room;
   float *q = room.at_least(2 * b.rows * width), *heads = q + b.rows * width;
   over_blocks(b.rows, [&](int64_t first, int64_t count) {
