@@ -139,7 +139,7 @@ EVENER_OUTLINE void amx8_tile(const Amx8& a, int v) {
   amx8_store(a, v, sum);
 }
 
-constexpr int64_t FEW_ROWS = 11;  // fewer are done sooner by gemm8_tile
+constexpr int64_t FEW_ROWS = 7;  // fewer are done sooner by gemm8_tile
 
 void amx8_panels(const Gemm8Args& a, int64_t panel, int64_t end) {
   if (a.m < FEW_ROWS) return gemm8_panels(a, panel, end);

@@ -57,99 +57,20 @@ EVENER_INLINE void amx8_scores(const uint8_t* q, const int8_t* const* k, int blo
   }
 }
 
-// Not to be contracted with what it came from: attention8.h keeps scores in memory.
-EVENER_INLINE vf rounded_off(vf x) {
-  asm("" : "+v"(x));
-  return x;
-}
-
-constexpr int HALVES = 2 * KEY_TILE;  // bytes of a row's weights
-
-// A row's weights as bytes, high ones and low ones: by fours of keys, first those of all blocks, then the next four of each, as
-// packing leaves them.
-EVENER_INLINE void store_packed(const vi (&n)[KEY_TILE / BLOCK], uint8_t* to) {
-  const __m512i front = _mm512_packus_epi32((__m512i)n[0], (__m512i)n[1]), back = _mm512_packus_epi32((__m512i)n[2], (__m512i)n[3]);
-  const __m512i low = _mm512_set1_epi16(255);
-  _mm512_storeu_si512(to, _mm512_packus_epi16(_mm512_srli_epi16(front, 8), _mm512_srli_epi16(back, 8)));
-  _mm512_storeu_si512(to + KEY_TILE, _mm512_packus_epi16(_mm512_and_si512(front, low), _mm512_and_si512(back, low)));
-}
-
-// What becomes of G rows of a panel, from row i on: each step for all of them before the next, as the steps of one row wait
-// for each other. `first`: the panel's first row in the tile.
-template <int BLOCKS, int G>
-EVENER_INLINE void amx8_rows(const HalfSums* sums, const float* q_scale, const vf (&k_scale)[BLOCKS], const vf (&v_scale)[BLOCKS],
-                            const AttentionTile& t, int key, int first, int i, int64_t dim, const Running& run, uint8_t* halves,
-                            float* p_scale) {
-  vf s[G][BLOCKS];
-  float top[G], maximum[G];
-  EVENER_UNROLL for (int g = 0; g < G; ++g) {
-    EVENER_UNROLL for (int j = 0; j < BLOCKS; ++j)
-      s[g][j] = rounded_off(sums[j].total(i + g) * k_scale[j] * q_scale[i + g]);
-    const int valid = keys_read(t, first + i + g, key);
-    if (valid < BLOCKS * BLOCK)
-      EVENER_UNROLL for (int j = 0; j < BLOCKS; ++j)
-        s[g][j] = lane_index() + set1i(j * BLOCK) < valid ? s[g][j] : set1(-__builtin_inff());
-    vf largest = s[g][0];
-    EVENER_UNROLL for (int j = 1; j < BLOCKS; ++j) largest = vmax(s[g][j], largest);
-    top[g] = hmax(largest);
-  }
-  vf total[G] = {}, most[G] = {};
-  vi lost[G] = {};
-  EVENER_UNROLL for (int g = 0; g < G; ++g) {
-    const float before = run.maximum[first + i + g];
-    maximum[g] = top[g] > before || top[g] != top[g] ? top[g] : before;  // NaN spreads
-    EVENER_UNROLL for (int j = 0; j < BLOCKS; ++j) {
-      vf p = exp2_vec(s[g][j] - maximum[g]);
-      total[g] += p;
-      s[g][j] = p == 0.0f ? vf{} : p * v_scale[j];
-      most[g] = vmax(most[g], s[g][j]);
-      lost[g] |= !(s[g][j] < 3e38f);
-    }
-  }
-  EVENER_UNROLL for (int g = 0; g < G; ++g) {
-    const float step = hmax(most[g]) / 65535.0f, inverse = inverse_of(step);
-    uint8_t* to = halves + (i + g) * HALVES;
-    vi n[KEY_TILE / BLOCK] = {};
-    EVENER_UNROLL for (int j = 0; j < BLOCKS; ++j) n[j] = rounded(s[g][j] * inverse);
-    store_packed(n, to);
-    p_scale[i + g] = any(lost[g]) ? __builtin_nanf("") : step;
-  }
-  EVENER_UNROLL for (int g = 0; g < G; ++g) {
-    const int row = first + i + g;
-    const float before = run.maximum[row];
-    if (maximum[g] != before) {
-      const float correction = exp2_vec(set1(before - maximum[g]))[0];
-      run.maximum[row] = maximum[g];
-      run.sum[row] *= correction;
-      float* out = run.out + row * dim;
-      for (int64_t d = 0; d < dim; d += W) store(out + d, load(out + d) * correction);
-    }
-    run.sum[row] += hsum(total[g]);
-  }
-}
-
-// The scores of a key tile to weights, and these times their values' scales to integers, [rows][2][KEY_TILE] bytes: what
-// scores8_of, softmax and weight_halves do one after the other, in registers.
+// The scores of a key tile to weights. BLOCKS of 0: all of them, and every row reads all keys.
 template <int BLOCKS>
-EVENER_OUTLINE void amx8_weights(const HalfSums* sums, const float* q_scale, const TileBlocks<int8_t>& at, const AttentionTile& t,
-                                int key, int first, int rows, int64_t dim, const Running& run, uint8_t* halves, float* p_scale) {
-  vf k_scale[BLOCKS], v_scale[BLOCKS];
-  EVENER_UNROLL for (int j = 0; j < BLOCKS; ++j) {
-    k_scale[j] = load(scales_of(at.k[j], dim));
-    v_scale[j] = load(scales_of(at.v[j], dim));
-  }
-  int i = 0;
-  for (; i < rows && keys_read(t, first + i, key) <= 0; ++i) {  // later rows read more
-    __builtin_memset(halves + i * HALVES, 0, HALVES);
-    p_scale[i] = 0.0f;
-  }
-  for (; i + 4 <= rows; i += 4)
-    amx8_rows<BLOCKS, 4>(sums, q_scale, k_scale, v_scale, t, key, first, i, dim, run, halves, p_scale);
-  for (; i < rows; ++i)
-    amx8_rows<BLOCKS, 1>(sums, q_scale, k_scale, v_scale, t, key, first, i, dim, run, halves, p_scale);
+EVENER_OUTLINE void amx8_weights(HalfSums* sums, const float* q_scale, const TileBlocks<int8_t>& at, const AttentionTile& t, int key,
+                                int first, int rows, int64_t dim, const Running& run, uint8_t* halves, float* p_scale) {
+  constexpr int N = BLOCKS ? BLOCKS : KEY_TILE / BLOCK;
+  vf scale[N];
+  EVENER_UNROLL for (int j = 0; j < N; ++j) scale[j] = load(scales_of(at.k[j], dim));
+  auto score = [&](int r, int j) EVENER_INLINED { return sums[j].total(r) * scale[j]; };
+  const Scores8 s{reinterpret_cast<float*>(sums->high), W, sizeof(HalfSums) / sizeof(float)};
+  weights8<TILE, N, BLOCKS == 0>(score, s, q_scale, at, t, key, first, rows, dim, run, halves, p_scale);
 }
 
-constexpr decltype(&amx8_weights<1>) AMX8_WEIGHTS[] = {amx8_weights<1>, amx8_weights<2>, amx8_weights<3>, amx8_weights<4>};
+constexpr decltype(&amx8_weights<1>) AMX8_WEIGHTS[] = {amx8_weights<0>, amx8_weights<1>, amx8_weights<2>, amx8_weights<3>,
+                                                      amx8_weights<4>};
 
 // The values of a key tile as tiles, [dim / 16][KEY_TILE / 4][16][4], keys in the order of store_packed; those of blocks that
 // are not there stay what they were.
@@ -209,8 +130,9 @@ void amx8_attention(const AttentionArgs& a, const AttentionTile& t, float* scrat
     run.sum[i] = 0.0f;
   }
   __builtin_memset(run.out, 0, rows * dim * sizeof(float));
-
-  // In the last panel, rows that are not there are multiplied as well, whatever they hold.
+  // In the last panel, rows that are not there are multiplied as well: as zeros.
+  __builtin_memset(q + rows * 2 * dim, 0, (rows + TILE - 1) / TILE * TILE * 2 * dim - rows * 2 * dim);
+  for (int i = rows; i < MAX_ROWS; ++i) q_scale[i] = 0.0f;
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) config.set(tile, TILE);
   config.load();
@@ -225,7 +147,8 @@ void amx8_attention(const AttentionArgs& a, const AttentionTile& t, float* scrat
       if (keys <= 0) continue;
       const int blocks = (keys + BLOCK - 1) / BLOCK;
       amx8_scores(q + first * 2 * dim, at.k, blocks, dim, sums);
-      AMX8_WEIGHTS[blocks - 1](sums, q_scale + first, at, t, key, first, r, dim, run, halves + first * HALVES, p_scale + first);
+      const bool whole = keys_read(t, first, key) == KEY_TILE;  // later rows read more
+      AMX8_WEIGHTS[whole ? 0 : blocks](sums, q_scale + first, at, t, key, first, r, dim, run, halves + first * HALVES, p_scale + first);
       amx8_values(halves + first * HALVES, p_scale + first, values, r, dim, run.out + first * dim);
     }
   }

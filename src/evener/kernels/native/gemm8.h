@@ -28,7 +28,7 @@ static_assert(sizeof(Input) * STEP == 4, "a step of inputs is one lane");
 
 constexpr int64_t cell_weights(int64_t group) { return NR * group; }
 constexpr int64_t cell_bytes_of(int64_t group) { return cell_weights(group) + NR * 4; }
-constexpr int64_t AHEAD8 = cell_bytes_of(GROUP);  // from what is read to what is fetched
+constexpr int64_t AHEAD8 = 8 * cell_bytes_of(GROUP);  // from what is read to what is fetched: what a few rows take for it is longer than memory does
 
 #if defined(EVENER_DOT4)
 typedef vi Weights;
@@ -230,10 +230,10 @@ EVENER_OUTLINE void gemm8_tile(const Input* x, const float* x_scale, const int32
     // On into the next panel: the processor's own prefetching stops at pages. Beyond the end is harmless.
     // A few lines at a time, as only so many can be on their way.
     if (cold)
-      for (int64_t i = 0; i < NR * 4; i += LINE) __builtin_prefetch(words + AHEAD8 + i, 0, 3);
+      for (int64_t i = 0; i < NR * 4; i += LINE) __builtin_prefetch(words + AHEAD8 + i, 0, 2);
     _Pragma("GCC unroll 2") for (int64_t i = 0; i < group; i += STEP) {
       if (cold)
-        for (int64_t j = 0; j < STEP * NR; j += LINE) __builtin_prefetch(cell + AHEAD8 + i * NR + j, 0, 3);
+        for (int64_t j = 0; j < STEP * NR; j += LINE) __builtin_prefetch(cell + AHEAD8 + i * NR + j, 0, 2);
       Weights w[NV];
       EVENER_UNROLL for (int v = 0; v < NV; ++v) w[v] = load_weights(cell + i * NR + v * W * STEP);
       EVENER_UNROLL for (int r = 0; r < ROWS; ++r) {

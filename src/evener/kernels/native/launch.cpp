@@ -21,6 +21,7 @@ namespace evener {
 namespace {
 
 constexpr int64_t GRAIN = 16384;  // elements worth handing to another thread (a few microseconds)
+constexpr int64_t TASKS_PER_THREAD = 16;  // of unlike lengths: so many even out
 constexpr int64_t CHUNK = 8192;   // logits per task: fits the first-level cache; fixed, so sums do not depend on threads
 
 struct Isa {
@@ -203,8 +204,11 @@ void unpack8(const int8_t* packed, const int64_t* index, int64_t rows, int64_t n
 void gemm8(Gemm8Args a, const float* x, int64_t x_stride) {
   thread_local Aligned inputs;  // the caller's; helpers read it through the arguments
   int64_t groups = (a.k + a.group - 1) / a.group, floats = (a.m * groups * a.group * use().int8.input_bytes + 63) / 64 * 16;
-  float* room = inputs.at_least(floats + 2 * a.m * groups + QuantizeArgs::SLACK * (1 + groups * a.group));
-  QuantizeArgs q{x, a.m, a.k, a.group, x_stride, room, room + floats, reinterpret_cast<int32_t*>(room + floats + a.m * groups)};
+  const int64_t scales = a.m * groups + QuantizeArgs::SLACK;
+  float* room = inputs.at_least(floats + 2 * scales + QuantizeArgs::SLACK * groups * a.group);
+  QuantizeArgs q{x, a.m, a.k, a.group, x_stride, room, room + floats, reinterpret_cast<int32_t*>(room + floats + scales)};
+  // Denormal numbers, as integers there would be, take processors a hundred times as long.
+  std::fill(q.scales + a.m * groups, q.scales + scales, 0.0f);
   over_rows(a.m, a.k, [&](int64_t first, int64_t end) { use().int8.quantize(q, first, end); });
   a.x = q.out, a.x_scale = q.scales, a.x_zero = q.zeros;
   over_panels(a.n, [&](int64_t first, int64_t end) { use().int8.gemm(a, first, end); });
@@ -235,12 +239,18 @@ void attention(const AttentionArgs& a, Kv kv, const Batch& b) {
       h += n;
     }
   }
-  if (threads() == 1)
-    for (size_t i = 0; i + 1 < tiles.size(); ++i) tiles[i].next = &tiles[i + 1];
+  // A thread takes so many in a row, each of which fetches the first keys of the one after it.
+  const int64_t count = int64_t(tiles.size()), tasks = threads() == 1 ? 1 : TASKS_PER_THREAD * threads();
+  const int64_t in_a_row = std::max<int64_t>(1, count / tasks);
+  for (int64_t i = 0; i + 1 < count; ++i)
+    if ((i + 1) % in_a_row) tiles[i].next = &tiles[i + 1];
   const AttentionTile* list = tiles.data();  // the vector is the caller's; helpers have their own
   int64_t floats = attention_scratch_floats(a.head_dim);
   AttentionKernel* kernel = kv == Kv::INT8 ? use().int8.attention : use().attention[int(kv)];
-  parallel_for(int64_t(tiles.size()), [&](int64_t i) { kernel(a, list[i], scratch.at_least(floats)); });
+  parallel_for((count + in_a_row - 1) / in_a_row, [&](int64_t task) {
+    for (int64_t i = task * in_a_row; i < std::min(count, (task + 1) * in_a_row); ++i)
+      kernel(a, list[i], scratch.at_least(floats));
+  });
 }
 
 void argmax(const float* x, int64_t rows, int64_t width, int64_t stride, int64_t* index, float* value) {
