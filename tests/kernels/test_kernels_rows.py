@@ -102,6 +102,44 @@ def test_kv_write_of_narrow_types(isa: str, rows: int, n_kv: int, dim: int, seed
         assert ((got - expected).abs() > step / 100).float().mean() < 0.02
 
 
+@use_fixture
+@given(
+    first=st.integers(0, 20), rows=st.integers(1, 40), gap=st.integers(0, 40), dim=st.sampled_from([2, 30, 64, 80]),
+    seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
+)  # fmt: skip
+def test_tokens_written_together_are_as_written_alone(
+    isa: str, first: int, rows: int, gap: int, dim: int, seed: int, dtype: torch.dtype
+) -> None:
+    """Consecutive tokens, one of them perhaps not to be written, give the bits that each gives by itself."""
+    g = torch.Generator().manual_seed(seed)
+    n_kv, blocks = 2, 4
+    qkv = torch.randn(rows, (1 + 2 * n_kv) * dim, generator=g)
+    angle = torch.rand(64, dim // 2, generator=g) * 6.3
+    slots = torch.arange(first, first + rows, dtype=torch.int32)
+    if gap < rows:
+        slots[gap] = -1
+    shapes = ((16 * (dim + 4),),) * 2 if dtype is torch.int8 else ((dim, 16), (16, dim))
+    written = []
+    for size in (rows, 1):
+        slabs = [torch.ones(n_kv, blocks, *shape, dtype=dtype) for shape in shapes]
+        for i in range(0, rows, size):
+            at = slice(i, i + size)
+            kernels.rope_write_kv(
+                qkv[at],
+                angle.cos(),
+                angle.sin(),
+                slots[at].clamp(0),
+                slots[at],
+                *slabs,
+                1,
+                n_kv,
+                torch.empty(size, 1, dim),
+            )
+        written.append(slabs)
+    for together, alone in zip(*written, strict=True):
+        assert torch.equal(together.view(torch.uint8), alone.view(torch.uint8))
+
+
 def test_rope_is_the_half_split_convention(isa: str) -> None:
     """Element i turns with element i + D / 2, and the angle of column i is position * theta_i."""
     qkv = torch.zeros(1, 3 * 4)

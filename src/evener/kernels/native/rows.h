@@ -105,21 +105,68 @@ EVENER_INLINE void write_token(const float* x, int64_t dim, bf16* block, int64_t
   for (int64_t d = 0; d < dim; ++d) block[at.of(d, block)] = to_bf16(x[d]);
 }
 
-template <typename Places>
-EVENER_INLINE void write_token(const float* x, int64_t dim, int8_t* block, int64_t offset, Places at) {
-  float scale = scale_of(x, dim, 127), inverse = inverse_of(scale);
+EVENER_INLINE void write_scale(float scale, int64_t dim, int8_t* block, int64_t offset) {
+  __builtin_memcpy(block + BLOCK * dim + offset * 4, &scale, 4);
+}
+
+EVENER_INLINE vi integers_at(const float* x, int64_t d, float inverse) { return rounded(load(x + d) * inverse); }
+EVENER_INLINE int8_t integer_of(float x, float inverse) { return int8_t(rounded(set1(x * inverse))[0]); }
+
+EVENER_INLINE void write_token(const float* x, int64_t dim, int8_t* block, int64_t offset, KeyPlaces at) {
+  typedef int8_t Bytes __attribute__((vector_size(W)));
+  const float scale = scale_of(x, dim, 127), inverse = inverse_of(scale);
   int64_t d = 0;
   for (; d + W <= dim; d += W) {
-    vi q = rounded(load(x + d) * inverse);
+    const Bytes q = __builtin_convertvector(integers_at(x, d, inverse), Bytes);
+    EVENER_UNROLL for (int i = 0; i < W; i += 4) __builtin_memcpy(block + at.of(d + i, block), (const char*)&q + i, 4);
+  }
+  for (; d < dim; ++d) block[at.of(d, block)] = integer_of(x[d], inverse);
+  write_scale(scale, dim, block, offset);
+}
+
+EVENER_INLINE void write_token(const float* x, int64_t dim, int8_t* block, int64_t offset, ValuePlaces at) {
+  const float scale = scale_of(x, dim, 127), inverse = inverse_of(scale);
+  int64_t d = 0;
+  for (; d + W <= dim; d += W) {
+    const vi q = integers_at(x, d, inverse);
     EVENER_UNROLL for (int i = 0; i < W; ++i) block[at.of(d + i, block)] = int8_t(q[i]);
   }
-  for (; d < dim; ++d) block[at.of(d, block)] = int8_t(rounded(set1(x[d] * inverse))[0]);
-  __builtin_memcpy(block + BLOCK * dim + offset * 4, &scale, 4);
+  for (; d < dim; ++d) block[at.of(d, block)] = integer_of(x[d], inverse);
+  write_scale(scale, dim, block, offset);
+}
+
+// The values of four tokens, `stride` apart, whose bytes share words: the same as write_token four times.
+EVENER_INLINE void write_four_values(const float* x, int64_t stride, int64_t dim, int8_t* block, int64_t offset) {
+  float inverse[4];
+  EVENER_UNROLL for (int t = 0; t < 4; ++t) {
+    const float scale = scale_of(x + t * stride, dim, 127);
+    inverse[t] = inverse_of(scale);
+    write_scale(scale, dim, block, offset + t);
+  }
+  int8_t* words = block + offset * dim;
+  int64_t d = 0;
+  for (; d + W <= dim; d += W) {
+    vi word{};
+    EVENER_UNROLL for (int t = 0; t < 4; ++t)
+      word |= (integers_at(x + t * stride, d, inverse[t]) & 255) << 8 * t;
+    __builtin_memcpy(words + d * 4, &word, sizeof word);
+  }
+  for (; d < dim; ++d)
+    for (int t = 0; t < 4; ++t) words[d * 4 + t] = integer_of(x[t * stride + d], inverse[t]);
+}
+
+// Whether four tokens from `row` on are four of a block that share words.
+EVENER_INLINE bool four_together(const RopeArgs& a, int64_t row, int64_t end) {
+  const int64_t slot = a.kv_slot[row];
+  if (slot % 4 || end - row < 4) return false;
+  for (int t = 1; t < 4; ++t)
+    if (a.kv_slot[row + t] != slot + t) return false;
+  return true;
 }
 
 template <typename T>
 void rope_rows(const RopeArgs& a, int64_t row, int64_t end) {
-  int64_t dim = a.head_dim;
+  int64_t dim = a.head_dim, written = row;  // values of the rows before it
   float rotated[MAX_HEAD_DIM];
   for (; row < end; ++row) {
     const float* q = a.qkv + row * a.qkv_stride;
@@ -131,11 +178,15 @@ void rope_rows(const RopeArgs& a, int64_t row, int64_t end) {
     if (slot < 0) continue;
     int64_t block = slot / BLOCK * block_elements<T>(dim), offset = slot % BLOCK;
     T *k_to = static_cast<T*>(a.k_slab) + block, *v_to = static_cast<T*>(a.v_slab) + block;
+    const bool four = sizeof(T) == 1 && row >= written && four_together(a, row, end);
     for (int64_t h = 0; h < a.n_kv; ++h, k_to += a.slab_head_stride, v_to += a.slab_head_stride) {
       rotate(k + h * dim, a.k_norm, a.eps, cos, sin, dim, rotated);
       write_token(rotated, dim, k_to, offset, KeyPlaces{offset, dim});
-      write_token(v + h * dim, dim, v_to, offset, ValuePlaces{offset, dim});
+      if constexpr (sizeof(T) == 1)
+        if (four) write_four_values(v + h * dim, a.qkv_stride, dim, v_to, offset);
+      if (!four && row >= written) write_token(v + h * dim, dim, v_to, offset, ValuePlaces{offset, dim});
     }
+    if (four) written = row + 4;
   }
 }
 
