@@ -141,10 +141,19 @@ def test_thread_invariance(isa: str, n: int) -> None:
         assert torch.equal(case.run(), alone)
 
 
-def test_large_scores_do_not_overflow(isa: str) -> None:
-    case = paged([(40, 20)], [0, 0], 64)
-    case.q_TQD *= 1e4
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("size", [1e4, 1e15])
+def test_large_scores_do_not_overflow(isa: str, size: float, dtype: torch.dtype) -> None:
+    case = paged([(40, 20)], [0, 0], 64).narrowed(dtype)
+    case.q_TQD *= size
     torch.testing.assert_close(case.run(), case.reference(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_negative_scale_turns_the_scores(isa: str, dtype: torch.dtype) -> None:
+    case = paged([(40, 20), (90, 1)], [0, 0, 1], 64).narrowed(dtype)
+    case.scale *= -1
+    torch.testing.assert_close(case.run(), case.reference(), rtol=5e-4, atol=5e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])

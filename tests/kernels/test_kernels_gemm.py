@@ -114,7 +114,7 @@ def test_int8_by_tiles_gives_the_same_bits(isa: str, rows: int, n: int, k: int, 
     assert torch.equal(by_tiles, without)
 
 
-@pytest.mark.parametrize("more", [0, 12, 25])
+@pytest.mark.parametrize("more", [0, 4, 12, 25])
 def test_int8_of_nothing_and_of_what_is_not_finite(isa: str, more: int) -> None:
     """Zeros are exact; NaN and infinity do not vanish in the quantisation, and reach no other row."""
     w = torch.randn(20, 100)

@@ -20,6 +20,8 @@ RECUTS = (1.25, 1.5, 2.0, 3.0)
 """How much slower than it is a device is taken to be, in turn, when a split is reconsidered."""
 REFINEMENTS = ((4.0, 0.25), (2.0, 0.5), (1.25, 0.8))
 """The same, from coarse to fine, when the best plans are refined."""
+NO_HEADS = tuple((1e6, columns) for columns in (1.0, 0.8, 0.65, 0.5))
+"""Factors on (heads, columns) for a device that is to have no heads, and the more columns."""
 BOTH = ((True, True),)
 EACH = ((True, True), (True, False), (False, True))
 """Which parts of a device a step changes: (heads, columns)."""
@@ -138,6 +140,9 @@ def refine(problem: Problem, stages: Stages, candidate: Candidate, known: dict[o
     if key in known:
         return _better(problem, stages, candidate, known[key])
     best = candidate
+    # Of a few whole heads a device may best have none: no change of its heads alone, nor of its columns alone, leads there.
+    for splits in _changed(stages, candidate, candidate.splits, NO_HEADS):
+        best = _better(problem, stages, best, splits)
     for factors in REFINEMENTS:
         while True:
             before = best
@@ -153,7 +158,18 @@ def _moves(
     stages: Stages, candidate: Candidate, splits: tuple[Split, ...], factors: Sequence[float],
     parts: Sequence[tuple[bool, bool]],
 ) -> Iterator[tuple[Split, ...]]:  # fmt: skip
-    """Splits in which one device is taken to be slower by one of `factors`, for heads, for columns, or for both.
+    """Splits in which one device is taken to be slower by one of `factors`, for heads, for columns, or for both."""
+    changes = [
+        (factor if heads else 1.0, factor if columns else 1.0)
+        for factor, (heads, columns) in itertools.product(factors, parts)
+    ]
+    return _changed(stages, candidate, splits, changes)
+
+
+def _changed(
+    stages: Stages, candidate: Candidate, splits: tuple[Split, ...], changes: Sequence[tuple[float, float]]
+) -> Iterator[tuple[Split, ...]]:
+    """Splits in which the times of one device change by one pair of factors on (heads, columns).
 
     Of like devices that do the same, one.
     """
@@ -162,9 +178,9 @@ def _moves(
         paces = splits[s].pace or ((1.0, 1.0),) * n
         like = {(stages.kind[stage.shards[k].device], paces[k]): k for k in reversed(range(n))}
         unlike = sorted(like.values()) if n > 1 else []
-        for k, factor, (heads, columns) in itertools.product(unlike, factors, parts):
+        for k, (heads, columns) in itertools.product(unlike, changes):
             pace = list(paces)
-            pace[k] = (pace[k][0] * (factor if heads else 1.0), pace[k][1] * (factor if columns else 1.0))
+            pace[k] = (pace[k][0] * heads, pace[k][1] * columns)
             yield (*splits[:s], splits[s]._replace(pace=tuple(pace)), *splits[s + 1 :])
 
 

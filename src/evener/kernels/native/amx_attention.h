@@ -57,7 +57,7 @@ EVENER_INLINE void amx8_scores(const uint8_t* q, const int8_t* const* k, int blo
   }
 }
 
-// The scores of a key tile to weights. BLOCKS of 0: all of them, and every row reads all keys.
+// The scores of a key tile to weights, over the sums' high halves once they are read. BLOCKS of 0: all of them, and every row reads all keys.
 template <int BLOCKS>
 EVENER_OUTLINE void amx8_weights(HalfSums* sums, const float* q_scale, const TileBlocks<int8_t>& at, const AttentionTile& t, int key,
                                 int first, int rows, int64_t dim, const Running& run, uint8_t* halves, float* p_scale) {

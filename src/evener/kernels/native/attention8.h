@@ -1,18 +1,13 @@
 // Attention over a KV cache in int8 by integer products (vpdpbusd), otherwise as attention.h. Queries and softmax weights
 // become 16-bit integers in two bytes, with a step of each row's own (weights: and of each key tile's): what is lost is far
 // below what int8 keys and values have lost already. Sums are exact, so a row's result depends on nothing but the row, as in
-// attention.h. Of the time of a prompt most goes to what lies between the two products, so that is counted in operations: 26
+// attention.h. Of a prompt's attention most goes to what lies between the two products, so that is counted in operations: 28
 // for 16 scores, with horizontal steps for 16 rows at a time.
 #pragma once
 
 namespace {
 
 using namespace evener;
-
-// An unsigned 16-bit integer as its bytes, for a dot product of each.
-struct Halves {
-  vi high, low;
-};
 
 EVENER_INLINE vi dot8(vi sum, int32_t four, vi bytes) {
   return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)set1i(four), (__m512i)bytes);
@@ -103,7 +98,7 @@ EVENER_INLINE void store_packed(const __m512i (&n)[KEY_TILE / BLOCK], uint8_t* t
   _mm512_storeu_si512(to + KEY_TILE, _mm512_packus_epi16(_mm512_and_si512(front, low), _mm512_and_si512(back, low)));
 }
 
-// out[r][d] += p[r] * v[.][d], scaled, for 16 N columns from d = first.
+// out[r][d] += p[r] * v[.][d], scaled, for 16 N columns from d = first. halves: [R][HALVES], as store_packed.
 template <int R, int N, bool AHEAD>
 EVENER_INLINE void values8_of(const uint8_t* halves, const float* p_scale, const int8_t* const* v, const int8_t* const* next,
                               int blocks, int64_t dim, int64_t first, float* out) {
@@ -162,7 +157,13 @@ EVENER_INLINE __m512 top_of(__m512 a, __m512 b) {
   return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
 }
 
-// 2^x for x <= 1, of the lanes of `where`; 0 in the others and below -126, NaN for NaN. Relative error under 2e-7: 2^f for
+// Not to be contracted with what it goes into: the largest score less itself is 0.
+EVENER_INLINE __m512 rounded_off(__m512 x) {
+  asm("" : "+v"(x));
+  return x;
+}
+
+// 2^x for x <= 0, of the lanes of `where`; 0 in the others and below -126, NaN for NaN. Relative error under 2e-7: 2^f for
 // f in [0, 1) by a near-minimax polynomial (Lawson's algorithm) with constant term 1.
 EVENER_INLINE __m512 exp2_down(__m512 x, __mmask16 where) {
   const __m512 f = _mm512_reduce_ps(x, 1);  // x - floor(x)
@@ -218,7 +219,7 @@ EVENER_INLINE void weights8(Score&& score, const Scores8& s, const float* q_scal
     const __m512 step = _mm512_set1_ps(q_scale[r]), most = _mm512_set1_ps(now[r]);
     EVENER_UNROLL for (int j = 0; j < BLOCKS; ++j) {
       const __mmask16 lanes = read(r, j);
-      const __m512 p = exp2_down(_mm512_fmsub_ps(_mm512_loadu_ps(of(r, j)), step, most), lanes);
+      const __m512 p = exp2_down(rounded_off(_mm512_loadu_ps(of(r, j)) * step) - most, lanes);
       total[r] = j ? sum_of(total[r], p) : p;
       // A key that the row does not read has weight 0, whatever its scale is.
       const __m512 weight = WHOLE ? _mm512_mul_ps(p, scale[j]) : _mm512_maskz_mul_ps(lanes, p, scale[j]);

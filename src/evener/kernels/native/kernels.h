@@ -67,7 +67,8 @@ struct Gemm16Args {
 };
 
 // x [m, k] to inputs of an int8 product, [m, groups * group], their scales, and the integers that stand for 0, negated
-// in 16 bits, [groups, m]. A kernel may read up to SLACK rows of inputs beyond these, and elements beyond the others.
+// in 16 bits, [groups, m]. A kernel may read up to SLACK rows of inputs beyond these, and elements beyond the others;
+// scales there are 0.
 struct QuantizeArgs {
   static constexpr int64_t SLACK = 16;
   const float* x;

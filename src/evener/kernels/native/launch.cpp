@@ -85,10 +85,11 @@ const Kernels& use() { return *current->kernels; }
 
 thread_local Aligned scratch;
 
-// body(first, end) over ranges of rows of `cost` elements each.
+// body(first, end) over ranges of rows of `cost` elements each, of a multiple of `together` rows.
 template <typename F>
-void over_rows(int64_t rows, int64_t cost, F&& body) {
+void over_rows(int64_t rows, int64_t cost, F&& body, int64_t together = 1) {
   int64_t per_task = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, cost));
+  per_task = (per_task + together - 1) / together * together;
   int64_t tasks = (rows + per_task - 1) / per_task;
   if (tasks <= 1 || threads() == 1) return body(int64_t(0), rows);
   parallel_for(tasks, [&](int64_t i) { body(i * per_task, std::min(rows, (i + 1) * per_task)); });
@@ -162,9 +163,8 @@ void check_rope(const int32_t* positions, const int32_t* kv_slot, int64_t rows, 
 }
 
 void rope(const RopeArgs& a, Kv kv, int64_t rows) {
-  over_rows(rows, (a.n_q + 2 * a.n_kv) * a.head_dim, [&](int64_t first, int64_t end) {
-    use().rope[int(kv)](a, first, end);
-  });
+  auto body = [&](int64_t first, int64_t end) { use().rope[int(kv)](a, first, end); };
+  over_rows(rows, (a.n_q + 2 * a.n_kv) * a.head_dim, body, BLOCK);  // tokens of a block share words
 }
 
 void silu_mul(const SiluArgs& a, int64_t rows) {
