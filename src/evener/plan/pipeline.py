@@ -20,8 +20,10 @@ RECUTS = (1.25, 1.5, 2.0, 3.0)
 """How much slower than it is a device is taken to be, in turn, when a split is reconsidered."""
 REFINEMENTS = ((4.0, 0.25), (2.0, 0.5), (1.25, 0.8))
 """The same, from coarse to fine, when the best plans are refined."""
-NO_HEADS = tuple((1e6, columns) for columns in (1.0, 0.8, 0.65, 0.5))
-"""Factors on (heads, columns) for a device that is to have no heads, and the more columns."""
+NO_HEADS = ((1e6, 1.0),)
+"""Factors on (heads, columns) for a device that is to have no heads."""
+WORTH_REFINING = 0.5
+"""Of what the best serves: a start that serves less is not refined."""
 BOTH = ((True, True),)
 EACH = ((True, True), (True, False), (False, True))
 """Which parts of a device a step changes: (heads, columns)."""
@@ -139,10 +141,19 @@ def refine(problem: Problem, stages: Stages, candidate: Candidate, known: dict[o
     key = (kinds, candidate.splits, links)
     if key in known:
         return _better(problem, stages, candidate, known[key])
-    best = candidate
-    # Of a few whole heads a device may best have none: no change of its heads alone, nor of its columns alone, leads there.
-    for splits in _changed(stages, candidate, candidate.splits, NO_HEADS):
-        best = _better(problem, stages, best, splits)
+    best = _refined(problem, stages, candidate)
+    # Of a few whole heads a device may best have none; single steps, each of which has to serve more, lead not there.
+    groups = [tuple(sh.device for sh in stage.shards) for stage in candidate.replica.stages]
+    for splits in _changed(stages, candidate, (SPLITS[0],) * len(groups), NO_HEADS):
+        start = _build(problem, stages, groups, None, True, splits)
+        if start is not None and start.capacity.requests_s > best.capacity.requests_s * WORTH_REFINING:
+            best = max(best, _refined(problem, stages, start), key=lambda c: c.capacity.requests_s)
+    known[key] = best.splits
+    return best
+
+
+def _refined(problem: Problem, stages: Stages, best: Candidate) -> Candidate:
+    """What single steps, each of which serves more, lead to."""
     for factors in REFINEMENTS:
         while True:
             before = best
@@ -150,7 +161,6 @@ def refine(problem: Problem, stages: Stages, candidate: Candidate, known: dict[o
                 best = _better(problem, stages, best, splits)
             if best is before:
                 break
-    known[key] = best.splits
     return best
 
 
