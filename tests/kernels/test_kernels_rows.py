@@ -110,7 +110,7 @@ def test_kv_write_of_narrow_types(isa: str, rows: int, n_kv: int, dim: int, seed
 def test_tokens_written_together_are_as_written_alone(
     isa: str, first: int, rows: int, gap: int, dim: int, seed: int, dtype: torch.dtype
 ) -> None:
-    """Consecutive tokens, one of them perhaps not to be written, give the bits that each gives by itself; in any order."""
+    """Consecutive tokens, one of them perhaps not to be written, give the bits of each by itself; in any order."""
     g = torch.Generator().manual_seed(seed)
     n_kv, blocks = 2, 4
     qkv = torch.randn(rows, (1 + 2 * n_kv) * dim, generator=g)
