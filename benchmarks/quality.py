@@ -37,7 +37,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     args = parser.parse_args()
     found = {isa: measured(isa, args.tokens) for isa in (x.strip() for x in args.isas.split(","))}
-    rows = [[isa, *(row[c] for c in COLUMNS)] for isa, each in found.items() for row in each]
+    rows = [
+        [isa, *(f"{row[c]:.4f}" if c == "perplexity_ratio" else row[c] for c in COLUMNS)]
+        for isa, each in found.items()
+        for row in each
+    ]
     print(markdown(["kernels", *COLUMNS], rows))
     save("quality", {"text": next(iter(found.values()))[0]["text"], "rows": found})
     failed = [" ".join(map(str, row[:3])) for row in rows if not row[-1]]
