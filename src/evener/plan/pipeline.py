@@ -42,6 +42,11 @@ class Candidate(Struct, frozen=True):
         """Device names."""
         return self.replica.devices()
 
+    @property
+    def groups(self) -> list[Group]:
+        """Those of each stage."""
+        return [tuple(shard.device for shard in stage.shards) for stage in self.replica.stages]
+
 
 def deal_layers(
     total: int, first_ns: Sequence[float], layer_ns: Sequence[float], most: Sequence[int]
@@ -143,9 +148,9 @@ def refine(problem: Problem, stages: Stages, candidate: Candidate, known: dict[o
         return _better(problem, stages, candidate, known[key])
     best = _refined(problem, stages, candidate)
     # Of a few whole heads a device may best have none; single steps, each of which has to serve more, lead not there.
-    groups = [tuple(sh.device for sh in stage.shards) for stage in candidate.replica.stages]
-    for splits in _changed(stages, candidate, (SPLITS[0],) * len(groups), NO_HEADS):
-        start = _build(problem, stages, groups, None, True, splits)
+    by_speed = (SPLITS[0],) * len(candidate.splits)
+    for splits in _changed(stages, candidate, by_speed, NO_HEADS):
+        start = _build(problem, stages, candidate.groups, None, True, splits)
         if start is not None and start.capacity.requests_s > best.capacity.requests_s * WORTH_REFINING:
             best = max(best, _refined(problem, stages, start), key=lambda c: c.capacity.requests_s)
     known[key] = best.splits
@@ -195,8 +200,7 @@ def _changed(
 
 
 def _better(problem: Problem, stages: Stages, best: Candidate, splits: tuple[Split, ...]) -> Candidate:
-    groups = [tuple(sh.device for sh in stage.shards) for stage in best.replica.stages]
-    got = _build(problem, stages, groups, None, True, splits)
+    got = _build(problem, stages, best.groups, None, True, splits)
     return got if got is not None and got.capacity.requests_s > best.capacity.requests_s * (1 + 1e-9) else best
 
 
